@@ -1,0 +1,68 @@
+"""Python client of nsa-serve and of any server with the OpenAI completions API."""
+
+from nsa_client.async_client import AsyncClient, AsyncStream
+from nsa_client.client import Client, Stream
+from nsa_client.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    AuthenticationError,
+    BadRequestError,
+    InternalServerError,
+    InvalidResponseError,
+    NotFoundError,
+    PermissionDeniedError,
+    RateLimitError,
+    RequestTooLargeError,
+    ServiceUnavailableError,
+    StreamError,
+)
+from nsa_client.options import ChatOptions, CompletionOptions
+from nsa_client.types import (
+    ChatCompletion,
+    ChatCompletionChoice,
+    ChatMessage,
+    Chunk,
+    ChunkChoice,
+    Completion,
+    CompletionChoice,
+    Model,
+    TokenizeResult,
+    TokenLogprob,
+    Usage,
+)
+
+__all__ = [
+    "APIConnectionError",
+    "APIError",
+    "APIStatusError",
+    "APITimeoutError",
+    "AsyncClient",
+    "AsyncStream",
+    "AuthenticationError",
+    "BadRequestError",
+    "ChatCompletion",
+    "ChatCompletionChoice",
+    "ChatMessage",
+    "ChatOptions",
+    "Chunk",
+    "ChunkChoice",
+    "Client",
+    "Completion",
+    "CompletionChoice",
+    "CompletionOptions",
+    "InternalServerError",
+    "InvalidResponseError",
+    "Model",
+    "NotFoundError",
+    "PermissionDeniedError",
+    "RateLimitError",
+    "RequestTooLargeError",
+    "ServiceUnavailableError",
+    "Stream",
+    "StreamError",
+    "TokenLogprob",
+    "TokenizeResult",
+    "Usage",
+]

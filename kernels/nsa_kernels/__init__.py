@@ -1,0 +1,1 @@
+"""NSA operators: the fp32 specification, and the paged operators that serve."""

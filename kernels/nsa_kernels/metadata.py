@@ -1,0 +1,135 @@
+"""What the operators are told about a step and a layer's cache.
+
+T tokens of this step, B sequences (rows), P pages of the longest row, H KV heads,
+W compression windows that close in this step, E compressed entries a page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nsa_kernels.spec import NSASpec
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's paged cache. Page 0 is the null page: rows are padded with it.
+
+    k: [num_pages, H, page_size, D]; v: [num_pages, H, page_size, Dv].
+    k_cmp: [num_pages, H, E, D]; v_cmp: [num_pages, H, E, Dv]. Compressed window j is filed under
+    the page in which its last token lies: flat entry e = j + l/d - 1 of the sequence is slot e % E
+    of its page e // E.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_cmp: Tensor
+    v_cmp: Tensor
+
+    @property
+    def page_size(self) -> int:
+        """Tokens a page holds."""
+        return self.k.shape[2]
+
+
+@dataclass(frozen=True, slots=True)
+class AttnMetadata:
+    """One step, as every layer sees it; tensors are on the host, built once a step.
+
+    Rows with one query token come first (`num_decode_rows` of them), then prefill chunks; the
+    tokens of a row are consecutive and are the last ones of its sequence.
+
+    positions: [T] int64, absolute. slot_mapping: [T] int64, page * page_size + offset.
+    cu_seqlens_q: [B + 1] int32, prefix sums of the rows' query lengths.
+    seq_lens: [B] int32, tokens in the cache after this step.
+    page_table: [B, P] int32, padded with the null page.
+    window_slots: [W, l] int64, slots of the tokens of every window that closes in this step.
+    cmp_slot_mapping: [W] int64, page * E + entry where each of them is filed.
+    fresh_pages: [F] int64, pages that this step opens and leaves with unwritten entries. They are
+    zeroed first: a masked key weighs 0, but 0 times a stale NaN would still be NaN.
+    """
+
+    positions: Tensor
+    slot_mapping: Tensor
+    cu_seqlens_q: Tensor
+    seq_lens: Tensor
+    page_table: Tensor
+    window_slots: Tensor
+    cmp_slot_mapping: Tensor
+    fresh_pages: Tensor
+    num_decode_rows: int
+
+
+def build_metadata(
+    pages: Sequence[Sequence[int]],
+    starts: Sequence[int],
+    query_lens: Sequence[int],
+    spec: NSASpec,
+    *,
+    num_decode_rows: int = 0,
+) -> AttnMetadata:
+    """Describe a step to the operators.
+
+    pages[b]: the pages of row b, in order, enough for its tokens. starts[b]: tokens of row b that
+    are in the cache already. query_lens[b]: tokens that this step adds, at least 1.
+    num_decode_rows: rows at the front with exactly one query token.
+
+    Raises ValueError when a row's pages do not hold its tokens.
+    """
+    size = spec.block_size
+    start = np.asarray(starts, dtype=np.int64)
+    lens = np.asarray(query_lens, dtype=np.int64)
+    seq_lens = start + lens
+    for row, (owned, length) in enumerate(zip(pages, seq_lens, strict=True)):
+        if len(owned) * size < length:
+            raise ValueError(
+                f"row {row} has {length} tokens but {len(owned)} pages of {size} tokens"
+            )
+    table = np.zeros((len(pages), max(int(-(-n // size)) for n in seq_lens)), dtype=np.int32)
+    for row, owned in enumerate(pages):
+        used = min(len(owned), table.shape[1])
+        table[row, :used] = owned[:used]
+    cu_seqlens = np.zeros(len(lens) + 1, dtype=np.int32)
+    np.cumsum(lens, out=cu_seqlens[1:])
+    token_row = np.repeat(np.arange(len(lens)), lens)
+    positions = np.arange(cu_seqlens[-1]) - cu_seqlens[token_row] + start[token_row]
+    # A window closes with its last token: when the count of tokens is l, l + d, l + 2d, ...
+    ended = positions + 1
+    closes = (ended >= spec.cmp_len) & ((ended - spec.cmp_len) % spec.cmp_stride == 0)
+    window_row, window_end = token_row[closes], ended[closes]
+    window_positions = window_end[:, None] - spec.cmp_len + np.arange(spec.cmp_len)
+    # Flat entry e = (end / d) - 1, because its window ends with token (e + 1) * d - 1.
+    entries = window_end // spec.cmp_stride - 1
+    opens = positions % size == 0
+    left_open = positions // size == (seq_lens[token_row] - 1) // size
+    # The first l/d - 1 compressed entries of a sequence do not exist.
+    fresh = opens & (left_open | (positions == 0))
+    return AttnMetadata(
+        positions=torch.from_numpy(positions),
+        slot_mapping=torch.from_numpy(_slots(table, token_row, positions, size)),
+        cu_seqlens_q=torch.from_numpy(cu_seqlens),
+        seq_lens=torch.from_numpy(seq_lens.astype(np.int32)),
+        page_table=torch.from_numpy(table),
+        window_slots=torch.from_numpy(_slots(table, window_row[:, None], window_positions, size)),
+        cmp_slot_mapping=torch.from_numpy(
+            _slots(table, window_row, entries, spec.cmp_entries_per_page)
+        ),
+        fresh_pages=torch.from_numpy(
+            table[token_row[fresh], positions[fresh] // size].astype(np.int64)
+        ),
+        num_decode_rows=num_decode_rows,
+    )
+
+
+def _slots(
+    table: "np.ndarray[tuple[int, ...], np.dtype[np.int32]]",
+    row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    position: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    per_page: int,
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+    """Slot of each position: page * per_page + offset."""
+    page = table[row, position // per_page].astype(np.int64)
+    return page * per_page + position % per_page

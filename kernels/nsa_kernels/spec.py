@@ -1,0 +1,91 @@
+"""The static description of an NSA operator: what differs between checkpoints, and no tensor.
+
+Symbols of the paper (arXiv 2502.11089): l = cmp_len, d = cmp_stride, l' = block_size,
+n = num_selected_blocks, w = window_size.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+ScoreMap = Literal["overlap", "max_pool"]
+Selection = Literal["exact", "fla_legacy"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NSASpec:
+    """Geometry and selection rule of one NSA dialect.
+
+    cmp_len, cmp_stride: tokens per compression window, tokens between windows (stride divides len).
+    block_size: tokens per selection block; also the page size of the cache.
+    num_selected_blocks: blocks a token attends to, forced ones included.
+    num_init_blocks, num_local_blocks: forced blocks at the start, and ending at the query's block.
+    window_size: tokens of the sliding window, the query's own token included; 0 = no window branch.
+    score_map: how compression probabilities become block scores. "overlap" weighs each window by
+        the strides it shares with the block (the identity when l = d = l', [1, 2, 2, 2, 1] for
+        32/16/64); "max_pool" is InfLLM-v2's pooling over overlapping windows.
+    selection: "exact" top-n, ties to the lower index; "fla_legacy" is the half-and-half rule of
+        the kernel that `zen-E/NSA-1B` was published with.
+
+    Raises ValueError, naming the field, when the values do not fit together.
+    """
+
+    cmp_len: int = 32
+    cmp_stride: int = 16
+    block_size: int = 64
+    num_selected_blocks: int = 16
+    num_init_blocks: int = 1
+    num_local_blocks: int = 2
+    window_size: int = 512
+    score_map: ScoreMap = "overlap"
+    selection: Selection = "exact"
+
+    def __post_init__(self) -> None:
+        for name in ("cmp_len", "cmp_stride", "block_size", "num_selected_blocks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_init_blocks", "num_local_blocks", "window_size"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.cmp_len % self.cmp_stride:
+            raise ValueError(
+                f"cmp_stride must divide cmp_len, got cmp_len {self.cmp_len} "
+                f"and cmp_stride {self.cmp_stride}"
+            )
+        if self.block_size % self.cmp_stride:
+            raise ValueError(
+                f"cmp_stride must divide block_size, got block_size {self.block_size} "
+                f"and cmp_stride {self.cmp_stride}"
+            )
+        if self.cmp_len > self.block_size:
+            raise ValueError(
+                f"cmp_len must not exceed block_size, got cmp_len {self.cmp_len} "
+                f"and block_size {self.block_size}"
+            )
+        forced = self.num_init_blocks + self.num_local_blocks
+        if forced > self.num_selected_blocks:
+            raise ValueError(
+                f"num_selected_blocks ({self.num_selected_blocks}) must hold the forced blocks: "
+                f"num_init_blocks + num_local_blocks = {forced}"
+            )
+        if self.num_local_blocks < 1:
+            raise ValueError("num_local_blocks must be at least 1: the query's own block is forced")
+        if self.score_map not in ("overlap", "max_pool"):
+            raise ValueError(f"score_map must be 'overlap' or 'max_pool', got {self.score_map!r}")
+        if self.selection not in ("exact", "fla_legacy"):
+            raise ValueError(f"selection must be 'exact' or 'fla_legacy', got {self.selection!r}")
+
+    @property
+    def strides_per_window(self) -> int:
+        """l / d: strides that one compression window spans."""
+        return self.cmp_len // self.cmp_stride
+
+    @property
+    def cmp_entries_per_page(self) -> int:
+        """l' / d: compressed entries that one page holds."""
+        return self.block_size // self.cmp_stride
+
+    def num_windows(self, num_tokens: int) -> int:
+        """Complete compression windows among the first `num_tokens` tokens (paper, Eq. 7)."""
+        if num_tokens < self.cmp_len:
+            return 0
+        return (num_tokens - self.cmp_len) // self.cmp_stride + 1

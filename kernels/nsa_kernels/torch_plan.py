@@ -1,0 +1,363 @@
+"""The vectorised PyTorch path's plan: index tensors and masks that all layers of a step share.
+
+B rows, H KV heads, P pages of the longest row, E compressed entries a page, n selected blocks.
+"flat rows" index a cache seen as a matrix: token rows of k.view(-1, D), page rows of
+k.view(num_pages * H, page_size * D).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nsa_kernels.metadata import AttnMetadata
+from nsa_kernels.spec import NSASpec
+
+# Finite, so that a row without a visible key stays finite through softmax; it is zeroed after.
+MASKED = -1e30
+# Queries of one tile: a multiple of every block size in use keeps a tile inside one query block.
+DENSE_TILE = 128
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """Which branch outputs the gates let through; an unused one is not computed."""
+
+    cmp: bool = True
+    slc: bool = True
+    swa: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """Rows of one query token, batched.
+
+    page_rows: [B * H * P] page rows of every row's pages. token_bias: [B, P, page_size] 0 where
+    the token is in the sequence, else MASKED. window_*: the same for the last pages only, those
+    that the sliding window can touch. The selection fields are None when every row's blocks are
+    all selected (`is_dense`), where slc is plain attention.
+    """
+
+    num_rows: int
+    num_pages: int
+    is_dense: bool
+    page_rows: Tensor
+    token_bias: Tensor
+    window_page_rows: Tensor | None
+    window_bias: Tensor | None
+    cmp_bias: Tensor | None  # [B * H, 1, P * E]
+    has_windows: Tensor | None  # [B, 1, 1] 1 where a compressed entry is visible, else 0
+    selection: "SelectionPlan | None"
+    block_row_base: Tensor | None  # [B, H, 1] start of each row and head in page_rows
+    bias_row_base: Tensor | None  # [B, 1, 1] start of each row in token_bias' rows
+
+
+@dataclass(frozen=True, slots=True)
+class SelectionPlan:
+    """What is fixed about a selection before the scores are known. Q query rows.
+
+    score_map: [P * E, P] fp32 weights from compressed entries to blocks.
+    force: [Q, P] fp32, added to the scores: large for forced blocks, -inf for blocks that the
+    query cannot choose. halves: for "fla_legacy", two such tensors; n/2 blocks come from each.
+    """
+
+    num_selected: int
+    score_map: Tensor
+    force: Tensor
+    halves: tuple[Tensor, Tensor] | None
+
+
+@dataclass(frozen=True, slots=True)
+class TilePlan:
+    """A run of one chunk's queries that are computed together.
+
+    start, stop: query tokens, relative to the step. first_position: of the first. num_keys: keys
+    [0, num_keys) of the sequence that the last query sees. causal_bias: [queries, queries] over
+    the keys at the queries' own positions. selection is None where all blocks are selected.
+    """
+
+    start: int
+    stop: int
+    first_position: int
+    num_keys: int
+    causal_bias: Tensor
+    cmp_bias: Tensor | None  # [queries, entries]
+    has_windows: Tensor | None  # [queries, 1]
+    selection: SelectionPlan | None
+    window_start: int  # first key that a query of this tile can see through the window
+    window_bias: Tensor | None  # [queries, num_keys - window_start]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPlan:
+    """One sequence's prefill chunk. page_rows: [H * P] page rows of its pages, head-major."""
+
+    page_rows: Tensor
+    num_pages: int
+    needs_cmp: bool
+    tiles: list[TilePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class TorchPlan:
+    """One step for the PyTorch path.
+
+    kv_rows [T * H], window_rows [W * H * l], cmp_rows [W * H]: flat token rows.
+    fresh_rows [F * H]: page rows to zero first.
+    """
+
+    branches: Branches
+    fresh_rows: Tensor
+    kv_rows: Tensor
+    window_rows: Tensor
+    cmp_rows: Tensor
+    decode: DecodePlan | None
+    chunks: list[ChunkPlan]
+
+
+def score_map(num_pages: int, spec: NSASpec) -> Tensor:
+    """Return [P * E, P] fp32: weight of each flat compressed entry on each block ("overlap").
+
+    In flat entries e = window + l/d - 1 the overlap of Eq. 9 reads: block j takes entries
+    [jE, jE + E + l/d - 2], each weighted by the strides that window and block share.
+    """
+    entries, span = spec.cmp_entries_per_page, spec.strides_per_window
+    entry = torch.arange(num_pages * entries).unsqueeze(1)
+    block = torch.arange(num_pages).unsqueeze(0)
+    # In units of one stride the window of entry e covers [e - span + 1, e], the block [jE, jE + E).
+    first = torch.maximum(entry - span + 1, block * entries)
+    last = torch.minimum(entry, block * entries + entries - 1)
+    return (last - first + 1).clamp_(min=0).float()
+
+
+def plan_selection(positions: IntArray, num_pages: int, spec: NSASpec) -> SelectionPlan:
+    """Plan the selection of the queries at `positions` among `num_pages` blocks."""
+    current = (positions // spec.block_size)[:, None]
+    block = np.arange(num_pages)[None, :]
+    forced = (block < spec.num_init_blocks) | (block > current - spec.num_local_blocks)
+    force = np.where(forced, np.float32(1e9), np.float32(0.0)).astype(np.float32)
+    force[np.broadcast_to(block > current, force.shape)] = -np.inf
+    halves = None
+    if spec.selection == "fla_legacy":
+        # The kernel merges chunks of n blocks and keeps n/2 of the past and n/2 of the last chunk;
+        # inside the first chunk everything is kept, which splitting it in two reproduces.
+        chunk = current // spec.num_selected_blocks * spec.num_selected_blocks
+        border = np.where(chunk == 0, spec.num_selected_blocks // 2, chunk)
+        past = np.where(block < border, force, np.float32(-np.inf)).astype(np.float32)
+        last = np.where(block >= border, force, np.float32(-np.inf)).astype(np.float32)
+        halves = (torch.from_numpy(past), torch.from_numpy(last))
+    return SelectionPlan(
+        num_selected=min(spec.num_selected_blocks, num_pages),
+        score_map=score_map(num_pages, spec),
+        force=torch.from_numpy(force),
+        halves=halves,
+    )
+
+
+def plan_attention(
+    meta: AttnMetadata,
+    spec: NSASpec,
+    *,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    branches: Branches | None = None,
+) -> TorchPlan:
+    """Plan one step for layers of `num_kv_heads` heads and activations of `dtype`.
+
+    Raises ValueError for a score map that has no PyTorch path.
+    """
+    if spec.score_map != "overlap":
+        raise ValueError(f"score_map {spec.score_map!r} has no serving path, only 'overlap' has")
+    branches = branches or Branches()
+    table = meta.page_table.numpy().astype(np.int64)
+    seq_lens = meta.seq_lens.numpy().astype(np.int64)
+    cu_seqlens = meta.cu_seqlens_q.tolist()
+    decode = None
+    if meta.num_decode_rows:
+        rows = slice(0, meta.num_decode_rows)
+        decode = _plan_decode(table[rows], seq_lens[rows], spec, num_kv_heads, dtype, branches)
+    chunks = [
+        _plan_chunk(
+            table[row], int(seq_lens[row]), cu_seqlens[row], cu_seqlens[row + 1],
+            spec, num_kv_heads, dtype, branches,
+        )
+        for row in range(meta.num_decode_rows, len(seq_lens))
+    ]  # fmt: skip
+    return TorchPlan(
+        branches=branches,
+        fresh_rows=_flat_rows(meta.fresh_pages, num_kv_heads, 1).flatten(),
+        kv_rows=_flat_rows(meta.slot_mapping, num_kv_heads, spec.block_size).flatten(),
+        # Head before token, so that a window's tokens are consecutive per head.
+        window_rows=_flat_rows(meta.window_slots, num_kv_heads, spec.block_size)
+        .transpose(1, 2)
+        .flatten(),
+        cmp_rows=_flat_rows(
+            meta.cmp_slot_mapping, num_kv_heads, spec.cmp_entries_per_page
+        ).flatten(),
+        decode=decode,
+        chunks=chunks,
+    )
+
+
+def _flat_rows(slots: Tensor, num_kv_heads: int, per_page: int) -> Tensor:
+    """[...] slots -> [..., H] rows of a [num_pages, H, per_page, D] cache seen as [-1, D]."""
+    page, offset = slots // per_page, slots % per_page
+    heads = torch.arange(num_kv_heads)
+    return (page.unsqueeze(-1) * num_kv_heads + heads) * per_page + offset.unsqueeze(-1)
+
+
+def _page_rows(pages: IntArray, num_kv_heads: int) -> IntArray:
+    """[..., P] pages -> [..., H, P] rows of a cache seen as [num_pages * H, page_size * D]."""
+    heads = np.arange(num_kv_heads, dtype=np.int64)[:, None]
+    return pages[..., None, :] * num_kv_heads + heads
+
+
+def _bias(visible: npt.NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
+    """0 where visible, else MASKED."""
+    return torch.from_numpy(np.where(visible, np.float32(0.0), np.float32(MASKED))).to(dtype)
+
+
+def _cmp_visible(positions: IntArray, num_entries: int, spec: NSASpec) -> npt.NDArray[np.bool_]:
+    """[Q, num_entries]: flat entry e ends with token (e + 1) * d - 1; the first l/d - 1 are none."""
+    entry = np.arange(num_entries)[None, :]
+    ended = (entry + 1) * spec.cmp_stride <= positions[:, None] + 1
+    return ended & (entry >= spec.strides_per_window - 1)
+
+
+def _plan_decode(
+    table: IntArray,
+    seq_lens: IntArray,
+    spec: NSASpec,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    branches: Branches,
+) -> DecodePlan:
+    size = spec.block_size
+    num_rows, num_pages = len(seq_lens), int(-(-seq_lens.max() // size))
+    table = table[:, :num_pages]
+    positions = seq_lens - 1
+    token = np.arange(num_pages * size)[None, :]
+    visible = token < seq_lens[:, None]
+    is_dense = num_pages <= spec.num_selected_blocks
+    selects = branches.slc and not is_dense
+    cmp_bias = has_windows = None
+    if branches.cmp or selects:
+        seen = _cmp_visible(positions, num_pages * spec.cmp_entries_per_page, spec)
+        cmp_bias = _bias(seen, dtype).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
+        has_windows = torch.from_numpy(seen.any(1)).to(dtype).view(-1, 1, 1)
+    window_page_rows = window_bias = None
+    if branches.swa and spec.window_size > 0:
+        window_page_rows, window_bias = _plan_decode_window(
+            table, positions, spec, num_kv_heads, dtype
+        )
+    row = torch.arange(num_rows)
+    return DecodePlan(
+        num_rows=num_rows,
+        num_pages=num_pages,
+        is_dense=is_dense,
+        page_rows=torch.from_numpy(_page_rows(table, num_kv_heads)).flatten(),
+        token_bias=_bias(visible, dtype).view(num_rows, num_pages, size),
+        window_page_rows=window_page_rows,
+        window_bias=window_bias,
+        cmp_bias=cmp_bias,
+        has_windows=has_windows,
+        selection=plan_selection(positions, num_pages, spec) if selects else None,
+        block_row_base=(
+            (row.view(-1, 1) * num_kv_heads + torch.arange(num_kv_heads)) * num_pages
+        ).unsqueeze(-1),
+        bias_row_base=(row * num_pages).view(-1, 1, 1),
+    )
+
+
+def _plan_decode_window(
+    table: IntArray,
+    positions: IntArray,
+    spec: NSASpec,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Page rows and bias of the pages that hold each row's last `window_size` tokens."""
+    size = spec.block_size
+    first_token = np.maximum(positions - spec.window_size + 1, 0)
+    first_page = first_token // size
+    count = int((positions // size - first_page).max()) + 1
+    logical = first_page[:, None] + np.arange(count)[None, :]
+    inside = logical <= (positions // size)[:, None]
+    clipped = np.minimum(logical, table.shape[1] - 1)
+    pages = np.where(inside, np.take_along_axis(table, clipped, axis=1), 0)
+    token = (logical[:, :, None] * size + np.arange(size)).reshape(len(positions), -1)
+    visible = (token >= first_token[:, None]) & (token <= positions[:, None])
+    bias = _bias(visible, dtype).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
+    return torch.from_numpy(_page_rows(pages, num_kv_heads)).flatten(), bias
+
+
+def _plan_chunk(
+    pages: IntArray,
+    seq_len: int,
+    start: int,
+    stop: int,
+    spec: NSASpec,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    branches: Branches,
+) -> ChunkPlan:
+    size = spec.block_size
+    num_pages = -(-seq_len // size)
+    first = seq_len - (stop - start)  # position of the chunk's first query
+    tiles, position = [], first
+    while position < seq_len:
+        end = min(_tile_end(position, spec), seq_len)
+        offset = start - first
+        tiles.append(_plan_tile(position, end, offset, spec, dtype, branches))
+        position = end
+    return ChunkPlan(
+        page_rows=torch.from_numpy(_page_rows(pages[:num_pages], num_kv_heads)).flatten(),
+        num_pages=num_pages,
+        needs_cmp=branches.cmp or any(tile.selection is not None for tile in tiles),
+        tiles=tiles,
+    )
+
+
+def _tile_end(position: int, spec: NSASpec) -> int:
+    """Where the tile that starts at `position` ends: inside one block once blocks are selected."""
+    dense_end = spec.num_selected_blocks * spec.block_size
+    if position < dense_end:
+        return min(position // DENSE_TILE * DENSE_TILE + DENSE_TILE, dense_end)
+    return (position // spec.block_size + 1) * spec.block_size
+
+
+def _plan_tile(
+    position: int, end: int, offset: int, spec: NSASpec, dtype: torch.dtype, branches: Branches
+) -> TilePlan:
+    positions = np.arange(position, end, dtype=np.int64)
+    selects = branches.slc and end > spec.num_selected_blocks * spec.block_size
+    cmp_bias = has_windows = window_bias = None
+    if branches.cmp or selects:
+        num_blocks = -(-end // spec.block_size)
+        seen = _cmp_visible(positions, num_blocks * spec.cmp_entries_per_page, spec)
+        cmp_bias = _bias(seen, dtype)
+        has_windows = torch.from_numpy(seen.any(1)).to(dtype).view(-1, 1)
+    window_start = max(0, position - spec.window_size + 1)
+    if branches.swa and spec.window_size > 0:
+        key = np.arange(window_start, end)[None, :]
+        near = key > positions[:, None] - spec.window_size
+        window_bias = _bias(near & (key <= positions[:, None]), dtype)
+    own = np.arange(end - position)
+    return TilePlan(
+        start=position + offset,
+        stop=end + offset,
+        first_position=position,
+        num_keys=end,
+        causal_bias=_bias(own[None, :] <= own[:, None], dtype),
+        cmp_bias=cmp_bias,
+        has_windows=has_windows,
+        selection=(
+            plan_selection(positions, -(-end // spec.block_size), spec) if selects else None
+        ),
+        window_start=window_start,
+        window_bias=window_bias,
+    )

@@ -1,0 +1,69 @@
+"""One step as tensors: what `SchedulerOutput` says in integers, laid out for the model.
+
+T tokens of the step, R rows that sample.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from nsa_kernels.metadata import AttnMetadata, build_metadata
+from nsa_kernels.spec import NSASpec
+from torch import Tensor
+
+from nsa_serve.request import Request
+from nsa_serve.scheduler import SchedulerOutput
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSpan:
+    """Consecutive tokens of the step whose logits score the prompt tokens after them."""
+
+    request: Request
+    first_row: int  # of the T rows
+    targets: list[int]  # targets[i] is scored by row first_row + i
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """The tensors of one step.
+
+    input_ids: [T] int64. sampling_rows: [R] int64, the rows whose logits are sampled, for
+    `sampling_requests` in the same order. prompt_spans: what prompt_logprobs asked for.
+    """
+
+    input_ids: Tensor
+    attn: AttnMetadata
+    sampling_rows: Tensor
+    sampling_requests: list[Request]
+    prompt_spans: list[PromptSpan]
+
+
+def build_batch(output: SchedulerOutput, spec: NSASpec) -> ForwardBatch:
+    """Lay out a scheduled step; rows keep the scheduler's order, decode rows first."""
+    token_ids: list[int] = []
+    sampling_rows: list[int] = []
+    sampling_requests: list[Request] = []
+    prompt_spans: list[PromptSpan] = []
+    for row in output.rows:
+        request, stop = row.request, row.start + row.num_tokens
+        if request.params.prompt_logprobs is not None:
+            targets = request.prompt_token_ids[row.start + 1 : stop + 1]
+            if targets:
+                prompt_spans.append(PromptSpan(request, len(token_ids), targets))
+        token_ids += request.token_ids[row.start : stop]
+        if row.samples:
+            sampling_rows.append(len(token_ids) - 1)
+            sampling_requests.append(request)
+    return ForwardBatch(
+        input_ids=torch.tensor(token_ids, dtype=torch.int64),
+        attn=build_metadata(
+            [row.request.pages for row in output.rows],
+            [row.start for row in output.rows],
+            [row.num_tokens for row in output.rows],
+            spec,
+            num_decode_rows=output.num_decode_rows,
+        ),
+        sampling_rows=torch.tensor(sampling_rows, dtype=torch.int64),
+        sampling_requests=sampling_requests,
+        prompt_spans=prompt_spans,
+    )

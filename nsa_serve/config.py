@@ -1,0 +1,239 @@
+"""Configuration: frozen, validated once, never written again. All environment reads are here.
+
+`EngineConfig` is what a user sets: each field is a command-line flag, a YAML key, an environment
+variable (`NSA_SERVE_` + the name in capitals) and an argument of `LLM`. `ModelConfig` and
+`NSAConfig` are what a checkpoint says about itself.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar
+
+from nsa_kernels.spec import NSASpec
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from nsa_serve.errors import ConfigError, ModelError
+
+DEFAULT_MODEL = "smollm2-135m-nsa"
+ENV_PREFIX = "NSA_SERVE_"
+
+Compression = Literal["mean", "mlp"]
+Gate = Literal["linear", "constant"]
+RopeType = Literal["default", "linear", "llama3"]
+
+_SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def parse_bytes(value: object) -> int:
+    """Read a memory size: an int of bytes, or text such as "512M", "2GiB", "1.5 gb" (powers of 2).
+
+    Raises ValueError when it is neither.
+    """
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"expected a size such as 512M or 2GiB, got {value!r}")
+    return int(float(match[1]) * _SIZE_UNITS[match[2].upper()])
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+MemorySize = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+def _field(default: Any, group: str, description: str, **kwargs: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"group": group}, **kwargs)
+
+
+class EngineConfig(BaseModel):
+    """Everything that decides how the engine runs. Unknown names are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    model: str = _field(
+        DEFAULT_MODEL, "Model", "built-in model name, local folder, .gguf file or hub id"
+    )
+    revision: str | None = _field(None, "Model", "branch, tag or commit of a hub id")
+    nsa_config: str | None = _field(
+        None,
+        "Model",
+        "JSON file with an `nsa` section for a Llama checkpoint that has none, "
+        "or to replace the one it has",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = _field(
+        "auto", "Model", "run dtype; auto is bfloat16 where the processor has it, else float32"
+    )
+    device: Literal["auto", "cpu"] = _field("auto", "Model", "where the model runs")
+    max_model_len: int | None = _field(
+        None,
+        "Cache and scheduling",
+        "longest prompt plus output, in tokens; default: what the model was made for, "
+        "or what fits in the cache if that is less",
+        ge=1,
+    )
+    page_memory: MemorySize | None = _field(
+        None,
+        "Cache and scheduling",
+        "memory for the KV cache, such as 2GiB; default: a quarter of the free memory, at most "
+        "what max_num_seqs requests of max_model_len tokens can use",
+        gt=0,
+    )
+    max_num_seqs: int = _field(
+        32, "Cache and scheduling", "most requests that run at once", ge=1, le=4096
+    )
+    max_num_batched_tokens: int = _field(
+        2048, "Cache and scheduling", "most tokens in one step: decode rows and prefill chunks", ge=1
+    )
+    max_num_queued_requests: int = _field(
+        1024, "Cache and scheduling", "requests that may wait; more are answered 503", ge=1
+    )
+    scheduling_policy: Literal["fcfs", "priority"] = _field(
+        "fcfs", "Cache and scheduling", "first come first served, or lowest `priority` value first"
+    )
+    enable_prefix_caching: bool = _field(
+        True, "Cache and scheduling", "share the pages of equal prompt prefixes"
+    )
+    num_threads: int | None = _field(
+        None, "Model", "CPU threads of the engine; default: the cores this process may use", ge=1
+    )
+
+
+def make_config(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """Build a config, turning pydantic's report into one ConfigError line per wrong field."""
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors(include_url=False):
+            name = ".".join(str(part) for part in item["loc"]) or cls.__name__
+            lines.append(f"{name}: {item['msg']}, got {item['input']!r}")
+        raise ConfigError("; ".join(lines)) from None
+
+
+def read_environment(cls: type[BaseModel]) -> dict[str, str]:
+    """Return the fields of `cls` that are set as `NSA_SERVE_<FIELD>` in the environment."""
+    names = {name: ENV_PREFIX + name.upper() for name in cls.model_fields}
+    return {name: os.environ[env] for name, env in names.items() if env in os.environ}
+
+
+def child_environment() -> dict[str, str]:
+    """Environment of the engine process: this process's own, less our settings and secrets.
+
+    What was set there already reached the config, which the engine gets as a message.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+
+
+def num_usable_cpus() -> int:
+    """Cores this process may run on (containers and taskset respected)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NSAConfig(NSASpec):
+    """One checkpoint's NSA dialect: the operator's spec and what its layers hold.
+
+    compression: "mean", or "mlp" (learnable, with intra-block position encoding).
+    cmp_hidden_size: width of the compression MLP's hidden layer; ignored by "mean".
+    gate: "linear" (one sigmoid gate per query head and branch, from the layer's input) or
+        "constant" (`gate_constant`, no weights).
+    gate_bias: the gate projection has a bias.
+    gate_constant: weights of (cmp, slc, swa) when gate is "constant".
+    """
+
+    compression: Compression = "mean"
+    cmp_hidden_size: int = 256
+    gate: Gate = "linear"
+    gate_bias: bool = False
+    gate_constant: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        # Not super(): a slots dataclass is a new class, and the zero-argument form would miss it.
+        NSASpec.__post_init__(self)
+        if self.compression not in ("mean", "mlp"):
+            raise ValueError(f"compression must be 'mean' or 'mlp', got {self.compression!r}")
+        if self.gate not in ("linear", "constant"):
+            raise ValueError(f"gate must be 'linear' or 'constant', got {self.gate!r}")
+        if self.cmp_hidden_size < 1:
+            raise ValueError(f"cmp_hidden_size must be at least 1, got {self.cmp_hidden_size}")
+        if len(self.gate_constant) != 3:
+            raise ValueError(
+                f"gate_constant must hold three numbers (cmp, slc, swa), got {self.gate_constant}"
+            )
+
+    @classmethod
+    def from_dict(cls, section: Mapping[str, Any]) -> "NSAConfig":
+        """Read the `nsa` section of a config.json. Raises ModelError naming a wrong field."""
+        known = set(cls.__dataclass_fields__)
+        unknown = sorted(set(section) - known)
+        if unknown:
+            raise ModelError(
+                f"the nsa section has unknown fields: {', '.join(unknown)}; "
+                f"known are: {', '.join(sorted(known))}"
+            )
+        values = dict(section)
+        if "gate_constant" in values:
+            values["gate_constant"] = tuple(float(value) for value in values["gate_constant"])
+        try:
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"the nsa section is invalid: {error}") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Rotary scaling: "linear" divides positions by factor; "llama3" rescales low frequencies."""
+
+    rope_type: RopeType = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Shape of a decoder with NSA attention, whatever family its checkpoint is of."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    intermediate_size: int
+    nsa: NSAConfig
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    max_position_embeddings: int = 2048
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    checkpoint_dtype: str = "bfloat16"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.num_q_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_kv_heads must divide the number of query heads, got {self.num_q_heads} "
+                f"query heads and {self.num_kv_heads} KV heads"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def softmax_scale(self) -> float:
+        """1 / sqrt(head_dim)."""
+        return float(self.head_dim**-0.5)

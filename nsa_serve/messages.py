@@ -1,0 +1,97 @@
+"""What the API process and the engine process say to each other: msgpack structs, never pickle.
+
+To the engine: `EngineRequest` (request.py), `AbortRequests`, `Shutdown`.
+From the engine: `LoadProgress`..., then `EngineReady` or `EngineFailed`, then a `StepOutputs` a step.
+"""
+
+import msgspec
+
+from nsa_serve.request import EngineRequest, TokenOutput
+
+
+class AbortRequests(msgspec.Struct, frozen=True, tag=True):
+    """Stop these requests and free what they hold; unknown ids are ignored (they just ended)."""
+
+    request_ids: list[str]
+
+
+class AddRequest(msgspec.Struct, frozen=True, tag=True):
+    """Queue one request."""
+
+    request: EngineRequest
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the loop and exit."""
+
+
+class CacheComponent(msgspec.Struct, frozen=True):
+    """One line of the cache table: a kind of entry and what it costs."""
+
+    name: str  # "raw", "compressed", "window"
+    bytes_per_token: float
+    total_bytes: int
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What was loaded and what fits, known once the engine is ready."""
+
+    family: str
+    dtype: str
+    device: str
+    num_parameters: int
+    weight_bytes: int
+    max_model_len: int
+    vocab_size: int
+    page_size: int
+    num_pages: int  # without the null page
+    cache: list[CacheComponent]
+    phase_s: dict[str, float]  # start-up phase -> seconds
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class EngineReady(msgspec.Struct, frozen=True, tag=True):
+    """The engine is loaded and warmed up."""
+
+    info: EngineInfo
+
+
+class EngineFailed(msgspec.Struct, frozen=True, tag=True):
+    """The engine could not start, or stopped; `message` is one line for the user."""
+
+    message: str
+    kind: str  # class name of the error: "ModelError", "CapacityError", ...
+
+
+class LoadProgress(msgspec.Struct, frozen=True, tag=True):
+    """Bytes of weights loaded so far, for the progress bar."""
+
+    phase: str
+    done: int
+    total: int
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """The engine's counters and gauges after a step. `*_total` only grow."""
+
+    num_steps_total: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_free_pages: int = 0
+    num_pages: int = 0
+    num_preemptions_total: int = 0
+    prefix_cache_queries_total: int = 0  # tokens looked up
+    prefix_cache_hits_total: int = 0  # tokens found
+    num_step_tokens: int = 0  # tokens of this step: prompt chunks and decode rows
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag=True):
+    """What one step produced; without outputs it is a heartbeat."""
+
+    outputs: list[TokenOutput]
+    stats: EngineStats
+
+
+ToEngine = AddRequest | AbortRequests | Shutdown
+FromEngine = LoadProgress | EngineReady | EngineFailed | StepOutputs

@@ -1,0 +1,119 @@
+"""Layers that every family shares. T tokens, HQ/H query and KV heads, D head_dim."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_serve.config import RopeScaling
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, in the weight's dtype.
+
+    bf16 weights on the CPU are kept in oneDNN's blocked layout: the plain matmul re-reads them row
+    by row and reaches about half the memory bandwidth at a batch of one.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.bias = bias
+        self.packed = can_pack(weight)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, 1) if self.packed else weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        if self.packed:
+            result: Tensor = torch.ops.mkldnn._linear_pointwise(
+                x, self.weight, self.bias, "none", [], ""
+            )
+            return result
+        return F.linear(x, self.weight, self.bias)
+
+
+def can_pack(weight: Tensor) -> bool:
+    """True for bf16 on a CPU whose oneDNN build computes in bf16."""
+    return (
+        weight.device.type == "cpu"
+        and weight.dtype == torch.bfloat16
+        and torch.backends.mkldnn.is_available()
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in fp32."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight = weight
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)), gate and up as one matrix."""
+
+    def __init__(self, gate_up: Linear, down: Linear) -> None:
+        super().__init__()
+        self.gate_up = gate_up
+        self.down = down
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        result: Tensor = self.down(F.silu(gate).mul_(up))
+        return result
+
+
+class RotaryEmbedding:
+    """Cosines and signed sines of the half-rotation ("NeoX") rotary embedding, by position."""
+
+    def __init__(
+        self,
+        head_dim: int,
+        theta: float,
+        scaling: RopeScaling,
+        max_positions: int,
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        frequency = _inverse_frequencies(head_dim, theta, scaling)
+        angle = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequency
+        cos, sin = angle.cos(), angle.sin()
+        # The sign of the rotation goes into the sine, so that applying it is roll, mul, addcmul.
+        self.cos = torch.cat((cos, cos), dim=-1).to(dtype)
+        self.sin = torch.cat((-sin, sin), dim=-1).to(dtype)
+
+    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (cos, sin), each [T, 1, D], for `positions` [T]."""
+        cos = self.cos.index_select(0, positions).unsqueeze(1)
+        return cos, self.sin.index_select(0, positions).unsqueeze(1)
+
+
+def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate x [T, heads, D] by (cos, sin) of `RotaryEmbedding.at`."""
+    cos, sin = rotary
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """[D / 2] fp32 inverse frequencies, with "linear" or "llama3" scaling."""
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequency = 1.0 / theta**exponent
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor
+    if scaling.rope_type == "llama3":
+        # Llama 3.1: wavelengths beyond the old context are stretched, short ones are kept, and
+        # those between are blended.
+        wavelength = 2 * math.pi / frequency
+        old_context = scaling.original_max_position_embeddings
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        blend = ((old_context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
+        return blend * frequency + (1.0 - blend) * frequency / scaling.factor
+    return frequency

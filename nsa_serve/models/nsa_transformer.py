@@ -1,0 +1,147 @@
+"""The decoder that all present families share: Llama's, with NSA in place of attention."""
+
+from collections.abc import MutableMapping
+
+import torch
+import torch.nn.functional as F
+from nsa_kernels.ops import (
+    AttnMetadata,
+    AttnPlan,
+    Branches,
+    CompressionMLP,
+    LayerCache,
+    plan_attention,
+)
+from torch import Tensor, nn
+
+from nsa_serve.config import ModelConfig
+from nsa_serve.models.layers import GatedMLP, Linear, RMSNorm, RotaryEmbedding
+from nsa_serve.models.nsa_attention import NSAAttention
+
+Weights = MutableMapping[str, Tensor]
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP around a plain residual stream."""
+
+    def __init__(self, attn_norm: RMSNorm, attn: NSAAttention, mlp_norm: RMSNorm, mlp: GatedMLP):
+        super().__init__()
+        self.attn_norm = attn_norm
+        self.attn = attn
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache, plan: AttnPlan
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = x + self.attn(self.attn_norm(x), rotary, cache, plan)
+        result: Tensor = x + self.mlp(self.mlp_norm(x))
+        return result
+
+
+class NSATransformer(nn.Module):
+    """Embedding, decoder layers, final norm and head, in the dtype of the weights.
+
+    weights: canonical names (docs/models.md) to tensors; emptied as they are taken, so that the
+    unfused originals do not stay in memory beside the fused matrices.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, max_positions: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = weights.pop("model.embed_tokens.weight")
+        self.dtype = self.embedding.dtype
+        self.layers = nn.ModuleList(
+            _make_layer(config, weights, f"model.layers.{i}.") for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(weights.pop("model.norm.weight"), config.rms_norm_eps)
+        head = self.embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
+        self.lm_head = Linear(head)
+        self.rotary = RotaryEmbedding(
+            config.head_dim, config.rope_theta, config.rope_scaling, max_positions, dtype=self.dtype
+        )
+        self.branches = used_branches(config)
+        if weights:
+            raise AssertionError(f"weights were checked but not used: {sorted(weights)[:3]}")
+
+    def plan(self, meta: AttnMetadata) -> AttnPlan:
+        """Plan one step's attention; the plan holds for every layer."""
+        return plan_attention(
+            meta,
+            self.config.nsa,
+            num_kv_heads=self.config.num_kv_heads,
+            dtype=self.dtype,
+            branches=self.branches,
+        )
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, plan: AttnPlan, caches: list[LayerCache]
+    ) -> Tensor:
+        """Run T tokens through all layers: hidden states [T, hidden] before the final norm."""
+        x = F.embedding(input_ids, self.embedding)
+        rotary = self.rotary.at(positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, rotary, cache, plan)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab_size] fp32."""
+        result: Tensor = self.lm_head(self.norm(hidden)).float()
+        return result
+
+
+def used_branches(config: ModelConfig) -> Branches:
+    """Return the branches whose output reaches the model: constant gates may switch some off."""
+    nsa = config.nsa
+    if nsa.gate != "constant":
+        return Branches(cmp=True, slc=True, swa=nsa.window_size > 0)
+    cmp, slc, swa = (gate != 0.0 for gate in nsa.gate_constant)
+    return Branches(cmp=cmp, slc=slc, swa=swa and nsa.window_size > 0)
+
+
+def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLayer:
+    attn, mlp = prefix + "self_attn.", prefix + "mlp."
+    parts = [attn + "q_proj", attn + "k_proj", attn + "v_proj"]
+    if config.nsa.gate == "linear":
+        parts.append(attn + "g_proj")
+    compression = None
+    if config.nsa.compression == "mlp":
+        compression = (
+            _make_compression(weights, attn + "cmp_k."),
+            _make_compression(weights, attn + "cmp_v."),
+        )
+    eps = config.rms_norm_eps
+    return DecoderLayer(
+        RMSNorm(weights.pop(prefix + "input_layernorm.weight"), eps),
+        NSAAttention(
+            config,
+            _fused_linear(weights, parts),
+            _fused_linear(weights, [attn + "o_proj"]),
+            compression,
+        ),
+        RMSNorm(weights.pop(prefix + "post_attention_layernorm.weight"), eps),
+        GatedMLP(
+            _fused_linear(weights, [mlp + "gate_proj", mlp + "up_proj"]),
+            _fused_linear(weights, [mlp + "down_proj"]),
+        ),
+    )
+
+
+def _fused_linear(weights: Weights, names: list[str]) -> Linear:
+    """Stack projections of one input; where only some have a bias, the others get zeros."""
+    matrices = [weights.pop(name + ".weight") for name in names]
+    biases = [weights.pop(name + ".bias", None) for name in names]
+    bias = None
+    if any(b is not None for b in biases):
+        filled = [
+            matrix.new_zeros(matrix.shape[0]) if b is None else b
+            for matrix, b in zip(matrices, biases, strict=True)
+        ]
+        bias = torch.cat(filled)
+    return Linear(matrices[0] if len(matrices) == 1 else torch.cat(matrices), bias)
+
+
+def _make_compression(weights: Weights, prefix: str) -> CompressionMLP:
+    names = ("pos", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    return CompressionMLP(*(weights.pop(prefix + name) for name in names))

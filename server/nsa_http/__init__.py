@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP server: wire protocol, streaming, authentication and command line."""

@@ -1,0 +1,226 @@
+"""Request bodies. Every optional field also takes null, which means its default.
+
+Ranges that the engine checks as well (`SamplingParams`) are not repeated; bounds here keep
+hostile sizes out.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
+
+from nsa_http.state import REQUEST_ID_PATTERN
+from nsa_serve.errors import RequestError
+from nsa_serve.request import MAX_LOGPROBS, SamplingParams
+
+MAX_N = 128
+MAX_PROMPTS = 1024
+MAX_INT = 2**31 - 1
+MAX_MESSAGES = 4096
+
+BoundedInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+
+_TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        {"type": "string"},
+        {"type": "array", "items": {"type": "string"}, "maxItems": MAX_PROMPTS},
+        _TOKEN_IDS_SCHEMA,
+        {"type": "array", "items": _TOKEN_IDS_SCHEMA, "maxItems": MAX_PROMPTS},
+    ]
+}
+_MESSAGES_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_MESSAGES,
+    "items": {
+        "type": "object",
+        "required": ["role"],
+        "properties": {"role": {"type": "string"}, "content": {}},
+    },
+}
+# Large arrays are checked by hand: pydantic would collect one error for each of a million items.
+Prompt = Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
+Messages = Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)]
+TokenIds = Annotated[Any, WithJsonSchema(_TOKEN_IDS_SCHEMA)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False, frozen=True)
+
+    model: str | None = None
+
+
+class StreamOptions(_Body):
+    """`stream_options`: a last chunk with the usage, or the usage so far in every chunk."""
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class GenerationBody(_Body):
+    """Fields that completions and chat share."""
+
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: BoundedInt | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    prompt_logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
+    add_special_tokens: bool | None = None
+    priority: BoundedInt | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    request_id: str | None = Field(None, pattern=f"^{REQUEST_ID_PATTERN.pattern}$")
+    return_token_ids: bool | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """`n`, or 1."""
+        return 1 if self.n is None else self.n
+
+    @property
+    def has_usage_chunk(self) -> bool:
+        """True when a stream ends with a chunk that carries the usage."""
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def has_continuous_usage(self) -> bool:
+        """True when every chunk carries the usage so far (honoured with include_usage, as vLLM)."""
+        return self.has_usage_chunk and bool(
+            self.stream_options and self.stream_options.continuous_usage_stats
+        )
+
+    def check_common(self, *, allows_priority: bool) -> None:
+        """Raise RequestError when fields do not go together."""
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise RequestError(
+                "prompt_logprobs cannot be streamed; set stream=false", param="prompt_logprobs"
+            )
+        if self.best_of is not None and self.best_of != self.num_samples:
+            raise RequestError(
+                f"best_of must equal n ({self.num_samples}) or be left out, got {self.best_of}",
+                param="best_of",
+            )
+        if self.priority and not allows_priority:
+            raise RequestError(
+                "priority must be 0: the server was started without --scheduling-policy priority",
+                param="priority",
+            )
+
+    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Return the engine's parameters. Raises RequestError for values out of range."""
+        fields: dict[str, Any] = {
+            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
+        }
+        if isinstance(self.stop, str):
+            fields["stop"] = (self.stop,)
+        elif self.stop is not None:
+            fields["stop"] = tuple(self.stop)
+        if self.stop_token_ids is not None:
+            fields["stop_token_ids"] = tuple(self.stop_token_ids)
+        if self.logit_bias is not None:
+            fields["logit_bias"] = _int_keys(self.logit_bias)
+        return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **fields)
+
+
+_SAMPLING_FIELDS = (
+    "min_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "skip_special_tokens",
+    "prompt_logprobs",
+)
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions."""
+
+    prompt: Prompt
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    def check(self, *, allows_priority: bool) -> None:
+        """Raise RequestError when fields do not go together."""
+        self.check_common(allows_priority=allows_priority)
+        if self.max_tokens == 0 and not self.echo:
+            raise RequestError(
+                "max_tokens must be at least 1 (0 is only for echo=true)", param="max_tokens"
+            )
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: Messages
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def check(self, *, allows_priority: bool) -> None:
+        """Raise RequestError when fields do not go together."""
+        self.check_common(allows_priority=allows_priority)
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.max_tokens == 0:
+            raise RequestError("max_tokens must be at least 1", param="max_tokens")
+        if self.echo:
+            raise RequestError("echo is not supported in chat yet; leave it out", param="echo")
+
+
+class TokenizeBody(_Body):
+    """POST /tokenize: a prompt, or chat messages."""
+
+    prompt: str | None = None
+    messages: Messages = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(_Body):
+    """POST /detokenize."""
+
+    tokens: TokenIds
+
+
+def _int_keys(bias: dict[str, float]) -> dict[int, float]:
+    ids: dict[int, float] = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10):
+            raise RequestError(
+                f"logit_bias keys must be token ids, got {key[:64]!r}", param="logit_bias"
+            )
+        ids[int(key)] = value
+    return ids
