@@ -69,6 +69,8 @@ class Metrics:
         self.registry = registry
         self._label_values = (model_name, "0")
         self._last_stats = EngineStats()
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
         self._create_gauges_and_counters()
         self._create_histograms()
 
@@ -195,6 +197,20 @@ class Metrics:
         """Count a request that was refused before it was queued."""
         self._rejections.labels(*self._label_values, reason).inc()
 
+    def token_totals(self) -> tuple[int, int]:
+        """Return (prompt tokens, generated tokens) so far."""
+        return self._num_prompt_tokens, self._num_generation_tokens
+
+    def add_prompt_tokens(self, num_tokens: int) -> None:
+        """Count prompt tokens that were processed."""
+        self._num_prompt_tokens += num_tokens
+        self.prompt_tokens.inc(num_tokens)
+
+    def add_generation_tokens(self, num_tokens: int) -> None:
+        """Count tokens that were generated."""
+        self._num_generation_tokens += num_tokens
+        self.generation_tokens.inc(num_tokens)
+
     def render(self) -> bytes:
         """Return the text exposition (content type: CONTENT_TYPE)."""
         return generate_latest(self.registry)
@@ -247,13 +263,13 @@ class RequestTimer:
         if self._num_output_tokens == 0:
             self._first_token_s = now
             metrics.ttft_s.observe(now - self._arrival_s)
-            metrics.prompt_tokens.inc(self._num_prompt_tokens)
+            metrics.add_prompt_tokens(self._num_prompt_tokens)
             num_gaps -= 1
         else:
             gap_s = (now - self._last_token_s) / num_tokens
         for _ in range(num_gaps):
             metrics.inter_token_latency_s.observe(gap_s)
-        metrics.generation_tokens.inc(num_tokens)
+        metrics.add_generation_tokens(num_tokens)
         self._num_output_tokens += num_tokens
         self._last_token_s = now
 

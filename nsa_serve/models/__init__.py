@@ -1,4 +1,4 @@
-"""Checkpoints: families and their config files, weight names, weight loading.
+"""Models: families and their config files, weight names, weight loading, layers.
 
-Only `weights` and `dequantize` import torch; the rest is plain Python.
+`families` and what it imports are plain Python: a config is read without torch.
 """

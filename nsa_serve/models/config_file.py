@@ -154,7 +154,7 @@ def read_rope_scaling(section: Mapping[str, Any]) -> RopeScaling:
 
 
 def read_nsa_section(section: object) -> NSAConfig:
-    """Read an `nsa` section, whose fields are those of `NSAConfig`. Raises ModelError naming one."""
+    """Read an `nsa` section, whose fields are those of NSAConfig. Raises ModelError naming one."""
     if not isinstance(section, Mapping):
         raise ModelError(f"the nsa section must be an object, got {section!r}")
     for field in dataclasses.fields(NSAConfig):

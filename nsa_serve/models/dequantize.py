@@ -1,8 +1,8 @@
 """GGML tensor types to floating point, bit for bit what `gguf.dequantize` gives.
 
-The types of the common files are a few operations in torch, which uses all cores, over pieces
-that stay in the processor's cache; the rest goes through the `gguf` package. Layouts: ggml's
-block_q4_0, block_q4_1, block_q8_0.
+The types of the common files are a few operations in torch over pieces that stay in the
+processor's cache; the rest goes through the `gguf` package. Layouts: ggml's block_q4_0,
+block_q4_1, block_q8_0.
 """
 
 from collections.abc import Callable

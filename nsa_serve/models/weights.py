@@ -5,6 +5,7 @@ and KV heads, D head_dim, Dv v_head_dim, l cmp_len.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,14 +67,28 @@ def load_weights(
     if source.gguf is not None:
         tensors = read_gguf_tensors(source.gguf)
         _check_names(config, names, {name: item.shape for name, item in tensors.items()})
-        stream = _gguf_stream(source.gguf, config, tensors, names, dtype)
-    else:
-        assert source.folder is not None, "a source has a folder or a GGUF file"
-        index = read_weight_index(source.folder)
-        _check_names(config, names, {name: item.shape for name, item in index.items()})
-        _check_tied(config, names, index)
-        stream = _safetensors_stream(index, names, dtype)
-    return _collect(stream, on_progress)
+        with _one_thread():
+            return _collect(_gguf_stream(source.gguf, config, tensors, names, dtype), on_progress)
+    assert source.folder is not None, "a source has a folder or a GGUF file"
+    index = read_weight_index(source.folder)
+    _check_names(config, names, {name: item.shape for name, item in index.items()})
+    _check_tied(config, names, index)
+    return _collect(_safetensors_stream(index, names, dtype), on_progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to the calling thread while it dequantizes.
+
+    A piece takes a fraction of a millisecond, so that more threads mostly wait for each other, the
+    more so when the cores have other work, as they have at start.
+    """
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _attention_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -7,13 +7,18 @@ from typing import Any
 import orjson
 from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
-from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from nsa_http.chat import create_chat_completion
 from nsa_http.completions import create_completion
-from nsa_http.errors import ERROR_RESPONSES, ModelNotFoundError, add_handlers
+from nsa_http.errors import (
+    ERROR_RESPONSES,
+    ModelNotFoundError,
+    add_handlers,
+    error_response,
+    response_of,
+)
 from nsa_http.middleware import wrap
 from nsa_http.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from nsa_http.state import ServerState
@@ -60,10 +65,14 @@ class _JSONRoute(APIRoute):
             if self.body_field is not None:
                 media_type = request.headers.get("content-type", "").partition(";")[0].strip()
                 if media_type.lower() != "application/json":
-                    raise HTTPException(
+                    return error_response(
                         400, "Unsupported Media Type: send Content-Type: application/json"
                     )
-            return await handle(_JSONRequest(request.scope, request.receive))
+            try:
+                return await handle(_JSONRequest(request.scope, request.receive))
+            # Here, since Starlette would answer an unexpected one with plain text of its own.
+            except Exception as error:
+                return response_of(error)
 
         return handle_json
 

@@ -26,7 +26,7 @@ def _field(default: Any, group: str, description: str, **kwargs: Any) -> Any:
 
 
 class ServerConfig(BaseModel):
-    """Everything that decides how the HTTP server listens and answers. Unknown names are refused."""
+    """Everything that decides how the HTTP server listens and answers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -10,7 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from nsa_serve.errors import EngineDeadError, QueueFullError, RequestError
+from nsa_serve.errors import EngineDeadError, NSAServeError, QueueFullError, RequestError
 
 _logger = logging.getLogger(__name__)
 
@@ -133,7 +133,8 @@ def describe(error: Exception) -> tuple[int, str, str | None, dict[str, str]]:
             return 500, "The engine stopped; the server is going down.", None, {}
         case ShutdownError():
             return 503, "The server is shutting down.", None, {"Retry-After": "5"}
-        case GenerationError():
+        case GenerationError() | NSAServeError():
+            _logger.error("request failed: %s", error)
             return 500, "The engine failed on this request.", None, {}
         case _:
             _logger.error("unexpected error", exc_info=error)
@@ -147,22 +148,12 @@ def response_of(error: Exception) -> Response:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Make `app` answer every expected exception as OpenAI does. Others reach the middleware."""
+    """Make the router's own errors (unknown path, wrong method) look like all others."""
 
     async def handle(_request: Request, error: Exception) -> Response:
         return response_of(error)
 
-    for kind in (
-        RequestError,
-        RequestValidationError,
-        ModelNotFoundError,
-        HTTPException,
-        QueueFullError,
-        EngineDeadError,
-        ShutdownError,
-        GenerationError,
-    ):
-        app.add_exception_handler(kind, handle)
+    app.add_exception_handler(HTTPException, handle)
 
 
 def _describe_validation(error: RequestValidationError) -> tuple[str, str | None]:
@@ -177,7 +168,8 @@ def _describe_validation(error: RequestValidationError) -> tuple[str, str | None
             lines.append(f"{name or 'body'}: {item['msg']}, got {_echo(item.get('input'))}")
     if len(items) > MAX_VALIDATION_ERRORS:
         lines.append(f"and {len(items) - MAX_VALIDATION_ERRORS} more errors")
-    return "; ".join(lines), _location(items[0]["loc"]) or None
+    is_json = items[0]["type"] != "json_invalid"
+    return "; ".join(lines), (_location(items[0]["loc"]) or None) if is_json else None
 
 
 def _location(loc: tuple[Any, ...]) -> str:

@@ -1,7 +1,7 @@
 """From prompts to outputs: start the engine's streams, merge them, count, fold."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from nsa_http.prompts import PromptInput
 from nsa_http.protocol import MAX_PROMPTS, GenerationBody
 from nsa_http.state import ServerState
 from nsa_serve.errors import RequestError
+from nsa_serve.fold import fold as join_outputs
 from nsa_serve.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 
 OutputStream = AsyncGenerator[RequestOutput, None]
@@ -173,16 +174,4 @@ async def fold(
 def _join(parts: Sequence[RequestOutput]) -> RequestOutput:
     if not parts or parts[-1].finish_reason is None:
         raise GenerationError
-    return msgspec.structs.replace(
-        parts[-1],
-        text="".join(part.text for part in parts),
-        token_ids=[token_id for part in parts for token_id in part.token_ids],
-        logprobs=_concat(part.logprobs for part in parts),
-        prompt_token_ids=parts[0].prompt_token_ids,
-        prompt_logprobs=parts[0].prompt_logprobs,
-    )
-
-
-def _concat(lists: Iterable[list[Any] | None]) -> list[Any] | None:
-    present = [items for items in lists if items is not None]
-    return [item for items in present for item in items] if present else None
+    return join_outputs(parts)

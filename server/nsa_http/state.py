@@ -27,7 +27,7 @@ MAX_LOGGED_FIELDS = 256
 REQUEST_ID_PATTERN = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class WorkHandle:
     """A request's running task. `is_aborted` tells it that the server cancelled, not the client."""
 
@@ -57,7 +57,6 @@ class ServerState:
     def set_ready(self, engine: EngineClient) -> None:
         """Start to serve."""
         self.engine = engine
-        self.metrics.on_engine_ready(engine.info)
         self.phase = "ready"
 
     def require_engine(self) -> EngineClient:

@@ -42,8 +42,9 @@ def config(server: RawServer, **settings: Any) -> BenchConfig:
 async def test_tokens_are_those_the_server_counts_not_the_events() -> None:
     async with RawServer(answer) as server:
         result = await run_bench(config(server, num_prompts=5, max_concurrency=2, num_warmups=1))
-    assert len(server.exchanges) == 6
     assert server.max_open <= 2
+    # The warm-up has a prompt of its own, or it would fill the prefix cache for the first request.
+    assert len({tuple(exchange.json["prompt"]) for exchange in server.exchanges}) == 6
     values = result.to_dict()
     assert (values["completed"], values["failed"]) == (5, 0)
     assert (values["total_input_tokens"], values["total_output_tokens"]) == (35, 30)

@@ -30,6 +30,17 @@ class Terminal(io.StringIO):
         return True
 
 
+class Interrupted(io.StringIO):
+    """A text stream during whose first flush Ctrl-C is pressed."""
+
+    is_first = True
+
+    def flush(self) -> None:
+        if self.is_first:
+            self.is_first = False
+            raise KeyboardInterrupt
+
+
 def echo_client(conversations: list[Any]) -> Client:
     """A client whose server answers with the number of messages, and fails on the word `fail`."""
 
@@ -115,15 +126,16 @@ def test_an_interrupt_ends_the_answer_and_keeps_what_came() -> None:
 
         def __iter__(self) -> Any:
             yield text_event("half")
-            raise KeyboardInterrupt
+            yield text_event("never")
 
         def close(self) -> None:
             self.is_closed = True
 
     body = Body()
     transport = httpx.MockTransport(lambda request: httpx.Response(200, stream=body))
-    out = io.StringIO()
-    assert write_stream(Client(model="tiny", transport=transport).stream("x"), out) == "half"
+    stream = Client(model="tiny", transport=transport).stream("x")
+    out = Interrupted()
+    assert write_stream(stream, out) == "half"
     assert out.getvalue() == "half\n"
     assert body.is_closed
 

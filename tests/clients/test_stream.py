@@ -200,13 +200,14 @@ async def test_cancelling_the_reader_closes_the_connection() -> None:
 async def test_closing_a_sync_stream_closes_the_connection() -> None:
     async with RawServer(endless) as server:
         client = Client(server.url, model="tiny")
+        stream = client.stream("a")
 
         def read_one() -> str:
-            with client.stream("a") as stream:
+            with stream:
                 return next(stream).text
 
         assert await asyncio.to_thread(read_one) == "a"
-        # The client itself is still open: the stream alone must have closed its connection.
+        # Client and stream are still referenced: nothing but `with` can have closed the connection.
         await asyncio.wait_for(server.client_left.wait(), 10)
         client.close()
 

@@ -3,6 +3,8 @@
 import hashlib
 import importlib
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -178,6 +180,22 @@ def test_tokenizers_of_folder_and_gguf_agree(tmp_path: Path) -> None:
     assert folder.eos_token_id == gguf.eos_token_id == 2
     messages = [{"role": "user", "content": "hi"}]
     assert folder.apply_chat_template(messages) == gguf.apply_chat_template(messages)
+
+
+def test_a_model_is_found_and_described_without_torch(tmp_path: Path) -> None:
+    """The API process does both, and must not pay for torch."""
+    folder = write_checkpoint(tmp_path / "tiny", "nsa")
+    script = (
+        "import sys; from nsa_serve.config import EngineConfig; "
+        "from nsa_serve.model_source import load_tokenizer, resolve_model; "
+        "from nsa_serve.models.families import load_model_config; "
+        "config = EngineConfig(model=sys.argv[1]); load_tokenizer(config); "
+        "load_model_config(resolve_model(config)); "
+        "sys.exit('torch' in sys.modules)"
+    )
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], env=environment)
+    assert done.returncode == 0
 
 
 def test_assets_are_beside_the_code() -> None:

@@ -6,6 +6,7 @@ four times what is seen and a thousandth of what a wrong token, window or gate m
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,6 +54,15 @@ CASES += [
     pytest.param(PAPER, 1100, (1, 16, 192, 128), id="paper-T1100"),
     pytest.param(replace(PAPER, score_map="max_pool"), 1100, (2, 3, 16, 16), id="max_pool-T1100"),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Run small matrices on one thread: on a busy machine a second one multiplies the time."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @dataclass

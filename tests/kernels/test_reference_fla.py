@@ -7,6 +7,7 @@ the scores of the chosen sets, because fla breaks ties in no stated order.
 """
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -38,6 +39,15 @@ SIZES = [
 SIZE_IDS = ["T{}-block{}-n{}-H{}-G{}-D{}-Dv{}".format(*size) for size in SIZES]
 # fla's compression, top-k and selection take any group; only its whole insists on 16 or more.
 SMALL_GROUPS = [(111, 8, 5, 2, 1, 16, 16), (111, 16, 4, 1, 3, 20, 20), (200, 16, 4, 2, 8, 16, 16)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Run small matrices on one thread: on a busy machine a second one multiplies the time."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
 
 
 @dataclass
