@@ -13,8 +13,6 @@ import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
-
 from nsa_serve.config import EngineConfig
 from nsa_serve.engine_supervisor import ENGINE_COMMAND, EngineProcess
 from nsa_serve.errors import (
@@ -46,6 +44,7 @@ from nsa_serve.request import (
     SamplingParams,
     TokenOutput,
 )
+from nsa_serve.request_check import check_request, sample_params
 from nsa_serve.request_stream import RequestStream, StreamSink
 from nsa_serve.tokenizer import Tokenizer
 
@@ -54,7 +53,6 @@ SHUTDOWN_TIMEOUT_S = 5.0
 
 _MAX_RETRY_AFTER_S = 120
 _NUM_RECENT = 64
-_MAX_SEED = 2**63 - 1
 
 logger = logging.getLogger(__name__)
 
@@ -185,21 +183,16 @@ class AsyncEngine:
         """
         if self._death is not None:
             raise self._make_death()
-        self._check_request(prompt_token_ids, params, n)
+        check_request(prompt_token_ids, params, n, self.info)
         self._check_queue(n)
         sink = StreamSink(n)
         try:
             for index in range(n):
                 internal_id = f"{request_id}-{index}-{uuid.uuid4().hex}"
-                sample_params = params
-                if index and params.seed is not None:
-                    sample_params = msgspec.structs.replace(
-                        params, seed=_wrapped_seed(params.seed + index)
-                    )
                 request = EngineRequest(
                     request_id=internal_id,
                     prompt_token_ids=prompt_token_ids,
-                    params=sample_params,
+                    params=sample_params(params, index),
                     priority=priority,
                     cache_salt=cache_salt,
                 )
@@ -234,29 +227,6 @@ class AsyncEngine:
             self._death = EngineDeadError("the engine is shut down")
             self._fail_all(FinishReason.ABORT)
         await self._process.stop(timeout_s=SHUTDOWN_TIMEOUT_S)
-
-    def _check_request(self, prompt: list[int], params: SamplingParams, n: int) -> None:
-        vocab_size, max_model_len = self.info.vocab_size, self.info.max_model_len
-        if n < 1:
-            raise RequestError(f"n must be at least 1, got {n}", param="n")
-        if not prompt:
-            raise RequestError("the prompt is empty; it needs at least one token", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            bad = next(token_id for token_id in prompt if not 0 <= token_id < vocab_size)
-            raise RequestError(
-                f"the prompt holds token id {bad}, which is outside the vocabulary "
-                f"of {vocab_size} tokens",
-                param="prompt",
-            )
-        num_needed = len(prompt) + (params.max_tokens != 0)
-        if num_needed > max_model_len:
-            room = " and needs room for one more" if num_needed > len(prompt) else ""
-            raise RequestError(
-                f"the prompt has {len(prompt)} tokens{room}, but max_model_len is "
-                f"{max_model_len}; shorten it or raise --max-model-len",
-                param="prompt",
-            )
-        params.check_token_ids(vocab_size)
 
     def _check_queue(self, n: int) -> None:
         """Raise when `n` more samples would exceed what may run and wait."""
@@ -323,9 +293,10 @@ class AsyncEngine:
             self._failure = message
 
     def _on_step(self, message: StepOutputs) -> None:
-        self._stats = message.stats
-        if message.outputs or message.stats.num_step_tokens or not self._samples:
+        has_stepped = message.stats.num_steps_total != self._stats.num_steps_total
+        if message.outputs or has_stepped or not self._samples:
             self._last_progress_s = time.monotonic()
+        self._stats = message.stats
         if self._metrics is not None:
             self._metrics.on_stats(message.stats)
         stopped = [output.request_id for output in message.outputs if self._deliver(output)]
@@ -415,8 +386,3 @@ class AsyncEngine:
         for internal_id, sample in list(self._samples.items()):
             self._forget(internal_id, sample, reason)
             sample.sink.fail(self._make_death())
-
-
-def _wrapped_seed(seed: int) -> int:
-    """Keep `seed` in the range of int64, where the largest is followed by the smallest."""
-    return seed if seed <= _MAX_SEED else seed - 2**64

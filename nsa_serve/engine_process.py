@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
-from nsa_serve.config import EngineConfig, num_usable_cpus
+from nsa_serve.config import EngineConfig
 from nsa_serve.errors import NSAServeError
 from nsa_serve.ipc import Channel, FrameError
 from nsa_serve.messages import (
@@ -238,11 +238,8 @@ def _load_engine(
     config: EngineConfig, on_progress: Callable[[LoadProgress], None]
 ) -> SteppedEngine:
     # Importing torch takes seconds: only this process pays, and only once it is supervised.
-    import torch
-
     from nsa_serve.engine import Engine
 
-    torch.set_num_threads(config.num_threads or num_usable_cpus())
     return Engine(config, on_progress=on_progress)
 
 

@@ -73,12 +73,12 @@ class FakeEngine:
             self._requests.pop(request_id, None)
 
     def step(self) -> list[TokenOutput]:
-        self._num_steps += 1
-        time.sleep(self._options.get("step_s", 0.0))
-        self._fail(self._num_steps)
         if self._options.get("stuck"):
             self._num_step_tokens = 0
             return []
+        self._num_steps += 1
+        time.sleep(self._options.get("step_s", 0.0))
+        self._fail(self._num_steps)
         self._num_step_tokens = len(self._requests)
         return [self._next(request_id) for request_id in list(self._requests)]
 

@@ -66,9 +66,9 @@ async def test_the_whole_answer_is_the_folded_stream(client: httpx.AsyncClient) 
     for choice in whole["choices"]:
         parts = [c for chunk in chunks for c in chunk["choices"] if c["index"] == choice["index"]]
         assert "".join(part["text"] for part in parts) == choice["text"]
-        assert sum((part["token_ids"] for part in parts), []) == choice["token_ids"]
+        assert [i for part in parts for i in part["token_ids"]] == choice["token_ids"]
         for key, values in choice["logprobs"].items():
-            assert sum((part["logprobs"][key] for part in parts), []) == values
+            assert [item for part in parts for item in part["logprobs"][key]] == values
         reasons = [part["finish_reason"] for part in parts if part["finish_reason"]]
         assert reasons == [choice["finish_reason"]]
     assert [choice["index"] for choice in whole["choices"]] == list(range(6))

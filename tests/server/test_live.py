@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import uvicorn
 
@@ -110,11 +111,7 @@ async def test_a_batch_is_aborted_as_a_whole(engine: FakeEngine) -> None:
 
 
 async def test_a_client_that_stops_reading_is_dropped(engine: FakeEngine) -> None:
-    engine.reply = "x" * 100
-    engine.info = type(engine.info)(
-        **{name: getattr(engine.info, name) for name in engine.info.__struct_fields__}
-        | {"max_model_len": 10**9}
-    )
+    engine.info = msgspec.structs.replace(engine.info, max_model_len=10**9)
     # Enough to fill every buffer between here and the client.
     engine.reply = "x" * 200_000
     state = make_state(engine, response_write_timeout=0.2)
