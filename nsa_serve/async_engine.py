@@ -38,13 +38,8 @@ from nsa_serve.messages import (
 from nsa_serve.metrics import Metrics, RequestTimer
 from nsa_serve.model_source import load_tokenizer
 from nsa_serve.output import OutputProcessor
-from nsa_serve.request import (
-    EngineRequest,
-    FinishReason,
-    SamplingParams,
-    TokenOutput,
-)
-from nsa_serve.request_check import check_request, sample_params
+from nsa_serve.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
+from nsa_serve.request_check import check_request, make_request_error, sample_params
 from nsa_serve.request_stream import RequestStream, StreamSink
 from nsa_serve.tokenizer import Tokenizer
 
@@ -177,9 +172,9 @@ class AsyncEngine:
     ) -> RequestStream:
         """Queue `n` samples and return the stream of their outputs; see `EngineClient`.
 
-        Sample i of a seeded request has the seed `params.seed + i`. A request that fails in the
-        engine raises NSAServeError from its stream; one that is running when the engine dies
-        raises EngineDeadError.
+        Sample i of a seeded request has the seed `params.seed + i`. From its stream, a request
+        raises RequestError when the engine refuses it, EngineDeadError when the engine dies while
+        it runs, and NSAServeError when it fails otherwise.
         """
         if self._death is not None:
             raise self._make_death()
@@ -297,9 +292,9 @@ class AsyncEngine:
         if message.outputs or has_stepped or not self._samples:
             self._last_progress_s = time.monotonic()
         self._stats = message.stats
+        stopped = [output.request_id for output in message.outputs if self._deliver(output)]
         if self._metrics is not None:
             self._metrics.on_stats(message.stats)
-        stopped = [output.request_id for output in message.outputs if self._deliver(output)]
         if stopped:
             self._send_abort(stopped)
 
@@ -309,16 +304,17 @@ class AsyncEngine:
         if sample is None or self._outputs is None:
             return False
         if output.error is not None:
-            self._fail_sample(output.request_id, sample, output.error)
+            self._fail_sample(output.request_id, sample, make_request_error(output))
             return False
         try:
             result, needs_abort = self._outputs.process(output)
         except Exception as error:
             logger.exception("the output of request %s failed", output.request_id)
-            self._fail_sample(output.request_id, sample, f"internal error: {type(error).__name__}")
+            failure = NSAServeError(f"the request failed: internal error: {type(error).__name__}")
+            self._fail_sample(output.request_id, sample, failure)
             return output.finish_reason is None
         if sample.timer is not None:
-            sample.timer.on_tokens(len(output.token_ids))
+            sample.timer.on_tokens(len(output.token_ids), queued_s=output.queued_s)
         if result is None:
             return False
         if result.finish_reason is not None:
@@ -327,12 +323,13 @@ class AsyncEngine:
         sample.sink.push(result)
         return needs_abort
 
-    def _fail_sample(self, internal_id: str, sample: _Sample, message: str) -> None:
+    def _fail_sample(self, internal_id: str, sample: _Sample, error: NSAServeError) -> None:
         """End a request with an error, and with it the other samples of its call."""
-        logger.error("request %s failed: %s", internal_id, message)
+        level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
+        logger.log(level, "request %s failed: %s", internal_id, error)
         self._forget(internal_id, sample, FinishReason.ERROR)
         self._abort_samples(sample.sink)
-        sample.sink.fail(NSAServeError(f"the request failed in the engine: {message}"))
+        sample.sink.fail(error)
 
     def _forget(self, internal_id: str, sample: _Sample, reason: FinishReason) -> None:
         assert self._outputs is not None

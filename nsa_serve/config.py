@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from nsa_kernels.spec import NSASpec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from nsa_kernels.spec import NSASpec
 from nsa_serve.errors import ConfigError, ModelError
 
 DEFAULT_MODEL = "smollm2-135m-nsa"
@@ -84,7 +84,10 @@ class EngineConfig(BaseModel):
         32, "Cache and scheduling", "most requests that run at once", ge=1, le=4096
     )
     max_num_batched_tokens: int = _field(
-        2048, "Cache and scheduling", "most tokens in one step: decode rows and prefill chunks", ge=1
+        2048,
+        "Cache and scheduling",
+        "most tokens in one step: decode rows and prefill chunks",
+        ge=1,
     )
     max_num_queued_requests: int = _field(
         1024, "Cache and scheduling", "requests that may wait; more are answered 503", ge=1
@@ -173,13 +176,28 @@ class NSAConfig(NSASpec):
                 f"the nsa section has unknown fields: {', '.join(unknown)}; "
                 f"known are: {', '.join(sorted(known))}"
             )
-        values = dict(section)
-        if "gate_constant" in values:
-            values["gate_constant"] = tuple(float(value) for value in values["gate_constant"])
         try:
+            values = {name: _read_field(name, value) for name, value in section.items()}
             return cls(**values)
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise ModelError(f"the nsa section is invalid: {error}") from None
+
+
+def _read_field(name: str, value: object) -> Any:
+    """Return a field of an `nsa` section as NSAConfig wants it. Raises ValueError naming it."""
+    if name == "gate_constant":
+        items = value if isinstance(value, list | tuple) else []
+        if len(items) != 3 or any(type(item) not in (int, float) for item in items):
+            raise ValueError(
+                f"{name} must be a list of three numbers (cmp, slc, swa), got {value!r}"
+            )
+        return tuple(float(item) for item in items)
+    default = NSAConfig.__dataclass_fields__[name].default
+    # By the exact type: a bool is an int to isinstance.
+    if type(value) is not type(default):
+        kind = {int: "an integer", bool: "true or false"}.get(type(default), "a string")
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

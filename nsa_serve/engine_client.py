@@ -1,11 +1,19 @@
-"""What the HTTP server needs of an engine: the seam that `AsyncEngine` and the tests' fake share."""
+"""What the HTTP server needs of an engine; `AsyncEngine` implements it."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterable
 from typing import Protocol
 
 from nsa_serve.messages import EngineInfo, EngineStats
 from nsa_serve.request import RequestOutput, SamplingParams
 from nsa_serve.tokenizer import Tokenizer
+
+
+class OutputStream(AsyncIterable[RequestOutput], Protocol):
+    """Outputs as they come. Close it when it is not read to its end."""
+
+    async def aclose(self) -> None:
+        """Abort what is unfinished; nothing more is read. Closing twice is allowed."""
+        ...
 
 
 class EngineClient(Protocol):
@@ -35,14 +43,15 @@ class EngineClient(Protocol):
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> OutputStream:
         """Stream the outputs of `n` samples, interleaved; each carries its sample's index.
 
         Checks the request before it returns: RequestError (prompt too long or empty, ids outside
-        the vocabulary), QueueFullError, EngineDeadError are raised by the call itself, not by the
-        iterator. Text and tokens of an output are new since the last one of the same index; the
-        last output of an index has a finish_reason. prompt_token_ids and prompt_logprobs come with
-        the first output of each index. Closing the iterator aborts what is unfinished.
+        the vocabulary), QueueFullError, EngineDeadError are raised by the call itself; the stream
+        raises RequestError only for what the engine alone can know. Text and tokens of an output
+        are new since the last one of the same index; the last output of an index has a
+        finish_reason. prompt_token_ids and prompt_logprobs come with the first output of each
+        index. Closing the stream aborts what is unfinished.
         """
         ...
 

@@ -3,7 +3,8 @@
 FD is one end of a socket pair, inherited from the API process. The first frame on it is the
 `EngineConfig` as JSON. The process answers with `LoadProgress`, then `EngineReady` or
 `EngineFailed`, then a `StepOutputs` a step; without work it sends an empty one every second, so
-that silence means trouble. It ends on `Shutdown`, on SIGTERM, or when the API process is gone.
+that silence means trouble. It ends on `Shutdown` or when the API process is gone; SIGINT and
+SIGTERM are for the API process and ignored here.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
 from nsa_serve.config import EngineConfig
-from nsa_serve.errors import NSAServeError
+from nsa_serve.errors import NSAServeError, RequestError
 from nsa_serve.ipc import Channel, FrameError
 from nsa_serve.messages import (
     AbortRequests,
@@ -195,15 +196,22 @@ class _Loop:
         try:
             self._engine.add(message.request)
         except NSAServeError as error:
-            self._refuse(request_id, str(error))
+            self._refuse(request_id, error, str(error))
         except Exception as error:
             # A request that the engine did not foresee is that request's failure, not everyone's.
             logger.exception("request %s could not be added", request_id)
-            self._refuse(request_id, f"internal error: {type(error).__name__}")
+            self._refuse(request_id, error, f"internal error: {type(error).__name__}")
 
-    def _refuse(self, request_id: str, message: str) -> None:
+    def _refuse(self, request_id: str, error: Exception, message: str) -> None:
         self._refused.append(
-            TokenOutput(request_id, [], finish_reason=FinishReason.ERROR, error=message)
+            TokenOutput(
+                request_id,
+                [],
+                finish_reason=FinishReason.ERROR,
+                error=message,
+                error_kind=type(error).__name__,
+                error_param=error.param if isinstance(error, RequestError) else None,
+            )
         )
 
 
@@ -223,9 +231,10 @@ def _die_with_parent() -> None:
 
 def run_process(fd: int, make_engine: EngineFactory) -> int:
     """Serve on an inherited descriptor as a process of its own; return the exit code."""
-    # Ctrl-C reaches the whole process group; the API process decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda _signum, _frame: sys.exit(0))
+    # Ctrl-C, and supervisors that stop a process group, reach this process too. The API process
+    # decides what that means: it drains first, and ends this one by `Shutdown` or by its own end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

@@ -1,7 +1,8 @@
 """What the API process and the engine process say to each other: msgpack structs, never pickle.
 
-To the engine: `EngineRequest` (request.py), `AbortRequests`, `Shutdown`.
-From the engine: `LoadProgress`..., then `EngineReady` or `EngineFailed`, then a `StepOutputs` a step.
+To the engine: `AddRequest`, `AbortRequests`, `Shutdown`.
+From the engine: `LoadProgress`..., then `EngineReady` or `EngineFailed`, then a `StepOutputs` for
+each step.
 """
 
 import msgspec

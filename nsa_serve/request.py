@@ -178,7 +178,9 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     """What one step produced for one request.
 
-    prompt_logprobs comes once, with the first token: entry i is for prompt token i + 1.
+    prompt_logprobs and queued_s (seconds from arrival in the engine to the first row) come once,
+    with the first token; prompt_logprobs[i] is for prompt token i + 1. error: why finish_reason is
+    ERROR, error_kind: class name of that error, error_param: the field at fault.
     """
 
     request_id: str
@@ -189,6 +191,9 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     stop_reason: int | str | None = None
     num_prefix_hit_tokens: int = 0
     error: str | None = None
+    error_kind: str | None = None
+    error_param: str | None = None
+    queued_s: float = 0.0
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
@@ -233,6 +238,7 @@ class Request:
         "prompt_token_ids",
         "request_id",
         "sampling_seed",
+        "scheduled_s",
         "status",
         "token_ids",
     )
@@ -243,6 +249,7 @@ class Request:
         self.priority = message.priority
         self.cache_salt = message.cache_salt
         self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
+        self.scheduled_s: float | None = None  # when it first left the queue
         self.prompt_token_ids = message.prompt_token_ids
         self.output_token_ids: list[int] = []
         # Prompt and output in one list, kept in step with the two above by `append_token`.
@@ -256,6 +263,11 @@ class Request:
         self.status = RequestStatus.WAITING
         seed = message.params.seed
         self.sampling_seed = random.getrandbits(63) if seed is None else seed
+
+    @property
+    def queued_s(self) -> float:
+        """Seconds that the request waited before it first ran; 0 while it waits."""
+        return 0.0 if self.scheduled_s is None else self.scheduled_s - self.arrival_s
 
     @property
     def num_tokens(self) -> int:

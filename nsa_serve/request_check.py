@@ -1,10 +1,10 @@
-"""What is checked of a request before the engine sees it, and how `n` samples become requests."""
+"""A request on its way into the engine, and what comes back when the engine refuses it."""
 
 import msgspec
 
-from nsa_serve.errors import RequestError
+from nsa_serve.errors import NSAServeError, RequestError
 from nsa_serve.messages import EngineInfo
-from nsa_serve.request import SamplingParams
+from nsa_serve.request import SamplingParams, TokenOutput
 
 _MAX_SEED = 2**63 - 1
 
@@ -42,3 +42,10 @@ def sample_params(params: SamplingParams, index: int) -> SamplingParams:
         return params
     seed = params.seed + index
     return msgspec.structs.replace(params, seed=seed if seed <= _MAX_SEED else seed - 2**64)
+
+
+def make_request_error(output: TokenOutput) -> NSAServeError:
+    """Return the error of an output that has one: RequestError when the request is at fault."""
+    if output.error_kind == RequestError.__name__:
+        return RequestError(str(output.error), param=output.error_param)
+    return NSAServeError(f"the request failed in the engine: {output.error}")

@@ -73,6 +73,14 @@ class NSASpec:
             raise ValueError(f"score_map must be 'overlap' or 'max_pool', got {self.score_map!r}")
         if self.selection not in ("exact", "fla_legacy"):
             raise ValueError(f"selection must be 'exact' or 'fla_legacy', got {self.selection!r}")
+        # The rule keeps one half of the blocks from the past and one half from the present.
+        has_half = self.num_selected_blocks % 2 == 0 and forced <= self.num_selected_blocks // 2
+        if self.selection == "fla_legacy" and not has_half:
+            raise ValueError(
+                "selection 'fla_legacy' needs an even num_selected_blocks whose half holds the "
+                f"forced blocks, got num_selected_blocks {self.num_selected_blocks} and "
+                f"{forced} forced blocks"
+            )
 
     @property
     def strides_per_window(self) -> int:

@@ -4,9 +4,9 @@ T tokens of the step, HQ/H query and KV heads, D and Dv dimensions of keys and v
 """
 
 import torch
-from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache, nsa_attention
 from torch import Tensor, nn
 
+from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache, nsa_attention
 from nsa_serve.config import ModelConfig
 from nsa_serve.models.layers import Linear, apply_rotary
 
@@ -36,9 +36,14 @@ class NSAAttention(nn.Module):
         self.gate_constant = config.nsa.gate_constant if config.nsa.gate == "constant" else None
 
     def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache, plan: AttnPlan
+        self,
+        x: Tensor,
+        residual: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        cache: LayerCache,
+        plan: AttnPlan,
     ) -> Tensor:
-        """[T, hidden] -> [T, hidden]; the step's keys and values are appended to the cache."""
+        """Return residual + attention(x), [T, hidden]; appends the step's tokens to the cache."""
         num_tokens = x.shape[0]
         (num_q_heads, num_kv_heads), (head_dim, v_head_dim) = self.heads, self.dims
         fused = self.qkvg(x)
@@ -62,5 +67,4 @@ class NSAAttention(nn.Module):
             softmax_scale=self.softmax_scale,
             compression=self.compression,
         )
-        result: Tensor = self.out(o.reshape(num_tokens, num_q_heads * v_head_dim))
-        return result
+        return self.out.plus(o.reshape(num_tokens, num_q_heads * v_head_dim), residual)

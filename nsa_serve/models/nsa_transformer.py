@@ -4,6 +4,8 @@ from collections.abc import MutableMapping
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from nsa_kernels.ops import (
     AttnMetadata,
     AttnPlan,
@@ -12,8 +14,6 @@ from nsa_kernels.ops import (
     LayerCache,
     plan_attention,
 )
-from torch import Tensor, nn
-
 from nsa_serve.config import ModelConfig
 from nsa_serve.models.layers import GatedMLP, Linear, RMSNorm, RotaryEmbedding
 from nsa_serve.models.nsa_attention import NSAAttention
@@ -35,8 +35,8 @@ class DecoderLayer(nn.Module):
         self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache, plan: AttnPlan
     ) -> Tensor:
         """[T, hidden] -> [T, hidden]."""
-        x = x + self.attn(self.attn_norm(x), rotary, cache, plan)
-        result: Tensor = x + self.mlp(self.mlp_norm(x))
+        x = self.attn(self.attn_norm(x), x, rotary, cache, plan)
+        result: Tensor = self.mlp(self.mlp_norm(x), x)
         return result
 
 
@@ -122,7 +122,8 @@ def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLa
         ),
         RMSNorm(weights.pop(prefix + "post_attention_layernorm.weight"), eps),
         GatedMLP(
-            _fused_linear(weights, [mlp + "gate_proj", mlp + "up_proj"]),
+            _fused_linear(weights, [mlp + "gate_proj"]),
+            _fused_linear(weights, [mlp + "up_proj"]),
             _fused_linear(weights, [mlp + "down_proj"]),
         ),
     )

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 
@@ -11,11 +11,11 @@ from nsa_http.errors import GenerationError
 from nsa_http.prompts import PromptInput
 from nsa_http.protocol import MAX_PROMPTS, GenerationBody
 from nsa_http.state import ServerState
+from nsa_serve.engine_client import OutputStream
 from nsa_serve.errors import RequestError
 from nsa_serve.fold import fold as join_outputs
 from nsa_serve.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
 
-OutputStream = AsyncGenerator[RequestOutput, None]
 IndexedStream = AsyncGenerator[tuple[int, RequestOutput], None]
 
 _QUEUE_SIZE = 256
@@ -52,8 +52,7 @@ async def start_streams(
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt,
             )
-            # The protocol promises an iterator that can be closed.
-            streams.append(cast(OutputStream, outputs))
+            streams.append(outputs)
     except BaseException:
         for stream in streams:
             await stream.aclose()

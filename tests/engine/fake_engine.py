@@ -21,6 +21,7 @@ from nsa_serve.request import EngineRequest, FinishReason, TokenOutput
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 500
 FIRST_TOKEN = ord("a")
+QUEUED_S = 0.5  # what every request claims to have waited
 REFUSED_TOKEN = 200
 POISON_TOKEN = 201
 
@@ -40,7 +41,7 @@ INFO = EngineInfo(
 
 
 class FakeEngine:
-    """Options: load_error, step_s, crash_at, raise_at, hang_at (steps), ignore_sigterm, stuck."""
+    """Options: load_error, step_s, crash_at, raise_at, hang_at (steps), stuck."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -63,7 +64,7 @@ class FakeEngine:
 
     def add(self, request: EngineRequest) -> None:
         if REFUSED_TOKEN in request.prompt_token_ids:
-            raise RequestError("the fake engine refuses this prompt")
+            raise RequestError("the fake engine refuses this prompt", param="prompt")
         if POISON_TOKEN in request.prompt_token_ids:
             raise ZeroDivisionError("poison")
         self._requests[request.request_id] = (request, 0)
@@ -104,7 +105,8 @@ class FakeEngine:
         if num_tokens == request.params.max_tokens:
             finish_reason = FinishReason.LENGTH
             del self._requests[request_id]
-        return TokenOutput(request_id, [token_id], finish_reason=finish_reason)
+        queued_s = QUEUED_S if num_tokens == 1 else 0.0
+        return TokenOutput(request_id, [token_id], finish_reason=finish_reason, queued_s=queued_s)
 
 
 def make_fake_engine(

@@ -235,6 +235,7 @@ async def test_metrics_count_every_token_and_end(start: StartEngine) -> None:
     assert values[f"nsa_serve:generation_tokens_total{{{labels}}}"] == "21.0"
     assert values[f"nsa_serve:time_to_first_token_seconds_count{{{labels}}}"] == "3.0"
     assert values[f"nsa_serve:inter_token_latency_seconds_count{{{labels}}}"] == "18.0"
+    assert values[f"nsa_serve:request_queue_time_seconds_sum{{{labels}}}"] == "1.5"
     ends = {
         reason: value
         for key, value in values.items()
@@ -244,16 +245,25 @@ async def test_metrics_count_every_token_and_end(start: StartEngine) -> None:
     assert ends == {"length": "3.0", "abort": "1.0"}
 
 
-@pytest.mark.parametrize("token_id", [REFUSED_TOKEN, POISON_TOKEN])
+@pytest.mark.parametrize(
+    ("token_id", "kind", "message"),
+    [
+        (REFUSED_TOKEN, RequestError, "^the fake engine refuses this prompt$"),
+        (POISON_TOKEN, NSAServeError, "the request failed in the engine: internal error: ZeroDiv"),
+    ],
+    ids=["refused", "bug"],
+)
 async def test_a_request_that_fails_in_the_engine_fails_alone(
-    start: StartEngine, token_id: int
+    start: StartEngine, token_id: int, kind: type[NSAServeError], message: str
 ) -> None:
     engine = await start(step_s=0.002)
     good = engine.generate(PROMPT, SamplingParams(max_tokens=30), request_id="good")
     bad = engine.generate([token_id], LONG, request_id="bad", n=2)
-    with pytest.raises(NSAServeError, match="the request failed in the engine") as raised:
+    with pytest.raises(NSAServeError, match=message) as raised:
         await read(bad)
-    assert not isinstance(raised.value, EngineDeadError)
+    assert type(raised.value) is kind
+    if isinstance(raised.value, RequestError):
+        assert raised.value.param == "prompt"
     assert (await read_folded(good)).text == text_of(30)
     engine.check_health()
 
@@ -280,6 +290,21 @@ async def test_the_death_of_the_engine_reaches_every_reader(
         engine.check_health()
     with pytest.raises(EngineDeadError):
         engine.generate(PROMPT, LONG, request_id="late")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_to_the_whole_group_leaves_running_requests_alone(
+    start: StartEngine, number: signal.Signals
+) -> None:
+    engine = await start(step_s=0.002)
+    stream = engine.generate(PROMPT, SamplingParams(max_tokens=40), request_id="r")
+    await anext(stream)
+    os.kill(engine.pid, number)
+    assert (await read_folded(stream)).finish_reason is FinishReason.LENGTH
+    again = engine.generate(PROMPT, SamplingParams(max_tokens=5), request_id="r")
+    assert (await read_folded(again)).text == text_of(5)
+    await engine.close()
+    assert not is_alive(engine.pid)
 
 
 async def test_a_killed_engine_is_noticed_while_idle(start: StartEngine) -> None:

@@ -34,15 +34,26 @@ def sample(metrics: Metrics, name: str, **labels: str) -> float:
 
 def test_serial_requests_are_counted_exactly(metrics: Metrics) -> None:
     num_requests, num_prompt, num_output = 7, 13, 5
+    num_steps = 0
     for _ in range(num_requests):
         timer = metrics.start_request(num_prompt, max_tokens=num_output)
-        for _ in range(num_output):
+        for i in range(num_output):
             timer.on_tokens(1)
+            num_steps += 1
+            # The first step runs the prompt; each later one runs the token before.
+            num_step_tokens = num_prompt if i == 0 else 1
+            stats = EngineStats(num_steps_total=num_steps, num_step_tokens=num_step_tokens)
+            metrics.on_stats(stats)
         timer.finish(FinishReason.LENGTH)
     assert sample(metrics, "time_to_first_token_seconds_count") == num_requests
     assert sample(metrics, "inter_token_latency_seconds_count") == num_requests * (num_output - 1)
     assert sample(metrics, "prompt_tokens_total") == num_requests * num_prompt
     assert sample(metrics, "generation_tokens_total") == num_requests * num_output
+    assert sample(metrics, "iteration_tokens_total_count") == num_requests * num_output
+    expected = num_requests * (num_prompt + num_output)
+    assert sample(metrics, "iteration_tokens_total_sum") == expected
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert sample(metrics, f"request_{phase}_time_seconds_count") == num_requests
     assert sample(metrics, "request_params_max_tokens_sum") == num_requests * num_output
     assert sample(metrics, "request_prompt_tokens_sum") == num_requests * num_prompt
     assert sample(metrics, "request_generation_tokens_sum") == num_requests * num_output
@@ -56,7 +67,7 @@ def test_latencies_are_those_of_the_clock(metrics: Metrics) -> None:
     clock = Clock()
     timer = RequestTimer(metrics, 3, None, clock=clock)
     clock.now_s += 2.0
-    timer.on_tokens(1)
+    timer.on_tokens(1, queued_s=0.75)
     clock.now_s += 0.5
     timer.on_tokens(0)
     clock.now_s += 0.5
@@ -67,7 +78,22 @@ def test_latencies_are_those_of_the_clock(metrics: Metrics) -> None:
     assert sample(metrics, "inter_token_latency_seconds_count") == 4
     assert sample(metrics, "request_time_per_output_token_seconds_sum") == pytest.approx(0.25)
     assert sample(metrics, "request_decode_time_seconds_sum") == pytest.approx(1.0)
+    assert sample(metrics, "request_queue_time_seconds_sum") == pytest.approx(0.75)
+    assert sample(metrics, "request_prefill_time_seconds_sum") == pytest.approx(1.25)
+    assert sample(metrics, "request_inference_time_seconds_sum") == pytest.approx(2.25)
     assert sample(metrics, "e2e_request_latency_seconds_sum") == pytest.approx(3.0)
+
+
+def test_a_prompt_without_output_has_no_decode_time(metrics: Metrics) -> None:
+    clock = Clock()
+    timer = RequestTimer(metrics, 3, 0, clock=clock)
+    clock.now_s += 2.0
+    timer.on_tokens(0, queued_s=0.5)
+    timer.finish(FinishReason.LENGTH)
+    assert sample(metrics, "request_queue_time_seconds_sum") == pytest.approx(0.5)
+    assert sample(metrics, "request_prefill_time_seconds_sum") == pytest.approx(1.5)
+    assert sample(metrics, "request_inference_time_seconds_sum") == pytest.approx(1.5)
+    assert sample(metrics, "request_decode_time_seconds_count") == 0
 
 
 def test_tokens_that_come_with_the_first_keep_the_interval_count(metrics: Metrics) -> None:

@@ -140,6 +140,22 @@ def test_few_candidates_give_the_tokens_of_a_full_sort(
             assert token_id in kept, request.params
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
+def test_nuclei_of_any_size_are_exact(scale: float) -> None:
+    # From all tokens alike to a peaked row; none or all of them beyond the first candidates.
+    vocab_size = 4099
+    top_p = [0.5, 0.9, 0.95, 0.99, 1.0 - 1e-12]
+    logits = make_logits(len(top_p), vocab_size, seed=2, scale=scale)
+    requests = [make_request(seed=seed, top_p=p) for seed, p in enumerate(top_p)]
+    full = Sampler(num_candidates=vocab_size).sample(logits.clone(), requests)
+    assert Sampler(num_candidates=16).sample(logits.clone(), requests) == full
+    for row, request, token_id in zip(logits, requests, tokens_of(full), strict=True):
+        kept = kept_tokens(row, request.params)
+        assert token_id in kept
+        alone = Sampler(num_candidates=16).sample(row.clone()[None], [request])
+        assert tokens_of(alone) == [token_id]
+
+
 def test_a_draw_does_not_depend_on_the_batch() -> None:
     vocab_size = 4099
     options: list[dict[str, Any]] = [

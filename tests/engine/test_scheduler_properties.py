@@ -22,7 +22,8 @@ from hypothesis.stateful import (
 from nsa_serve.page_pool import PagePool
 from nsa_serve.request import FinishReason, Request, RequestStatus, TokenOutput
 from nsa_serve.scheduler import SampledToken, Scheduler, SchedulerOutput
-from tests.engine.test_scheduler import PagedModel, make_request, next_token
+
+from .paged_model import PagedModel, make_request, next_token
 
 EOS_TOKEN_ID = 7
 MAX_OUTSTANDING_STEPS = 3

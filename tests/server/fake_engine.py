@@ -9,7 +9,7 @@ from starlette.types import ASGIApp
 from nsa_http.app import create_app
 from nsa_http.config import ServerConfig
 from nsa_http.state import ServerState
-from nsa_serve.engine_client import EngineClient
+from nsa_serve.engine_client import EngineClient, OutputStream
 from nsa_serve.errors import EngineDeadError, RequestError
 from nsa_serve.messages import CacheComponent, EngineInfo, EngineStats
 from nsa_serve.metrics import Metrics
@@ -41,7 +41,8 @@ def make_tokenizer() -> Tokenizer:
 class FakeEngine:
     """Implements `EngineClient`. Attributes set what it does; lists record what it was asked.
 
-    gate: tokens wait for it. die_after: tokens after which the engine dies, or None.
+    gate: tokens wait for it. die_after: tokens after which the engine dies, or None. stream_error:
+    what a stream raises instead of its first output.
     """
 
     def __init__(self, *, reply: str = REPLY) -> None:
@@ -52,6 +53,7 @@ class FakeEngine:
         self.delay_s = 0.0
         self.die_after: int | None = None
         self.fail_after: int | None = None
+        self.stream_error: Exception | None = None
         self.refusal: Exception | None = None
         self.refuse_after = 0
         self.is_dead = asyncio.Event()
@@ -85,7 +87,7 @@ class FakeEngine:
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> OutputStream:
         if self.is_dead.is_set():
             raise EngineDeadError("the fake engine is dead")
         if self.refusal is not None and len(self.calls) >= self.refuse_after:
@@ -153,6 +155,9 @@ class FakeStream(AsyncIterator[RequestOutput]):
             self._is_over = True
             engine.is_dead.set()
             raise EngineDeadError("the fake engine died at /secret/path 0x7f00")
+        if engine.stream_error is not None:
+            self._is_over = True
+            raise engine.stream_error
         if engine.fail_after == self._next:
             self._is_over = True
             raise ZeroDivisionError("a bug at /secret/path")

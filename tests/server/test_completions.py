@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from nsa_serve.errors import EngineDeadError, QueueFullError
+from nsa_serve.errors import EngineDeadError, QueueFullError, RequestError
 from tests.server.fake_engine import REPLY, FakeEngine
 
 URL = "/v1/completions"
@@ -224,6 +224,17 @@ async def test_a_dead_engine_is_500(client: httpx.AsyncClient, engine: FakeEngin
     response = await client.post(URL, json={"prompt": "hi"})
     assert response.status_code == 500
     assert "/secret" not in response.text
+
+
+@pytest.mark.parametrize("prompt", ["one", ["one", "two"]], ids=["single", "merged"])
+async def test_a_refusal_by_the_engine_itself_is_a_400(
+    client: httpx.AsyncClient, engine: FakeEngine, prompt: str | list[str]
+) -> None:
+    engine.stream_error = RequestError("too long for the cache", param="prompt")
+    response = await client.post(URL, json={"prompt": prompt})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == "too long for the cache"
+    assert response.json()["error"]["param"] == "prompt"
 
 
 @pytest.mark.parametrize("attribute", ["die_after", "fail_after"])

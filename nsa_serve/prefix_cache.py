@@ -1,0 +1,62 @@
+"""Requests and the pool's prefix cache: what a request finds there and what it leaves there."""
+
+from collections.abc import Iterable
+
+from nsa_serve.page_pool import PagePool, hash_page, root_hash
+from nsa_serve.request import Request
+
+
+class PrefixCache:
+    """Looks up and publishes the full pages of requests, by their chain of hashes."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+
+    def is_used_by(self, request: Request) -> bool:
+        """True when the request may take its prefix from the cache."""
+        # Prompt logprobs need the hidden state of every prompt token, so every one must run.
+        return self._pool.enable_prefix_caching and request.params.prompt_logprobs is None
+
+    def find_hits(self, request: Request) -> list[int]:
+        """Return cached pages of the request's prefix; at least one token is left to compute."""
+        if not self.is_used_by(request):
+            return []
+        self._extend_hashes(request)
+        return self._pool.find_prefix(request.page_hashes[: self._max_hits(request)])
+
+    def is_prefix_coming(
+        self, request: Request, num_hits: int, *, running: Iterable[Request]
+    ) -> bool:
+        """True when a running request is yet to compute the page that the hits end before.
+
+        Waiting for it is cheaper than computing it twice: of n samples of one prompt, or requests
+        with one system prompt that arrive together, one computes and the others share.
+        """
+        if not self.is_used_by(request) or num_hits >= self._max_hits(request):
+            return False
+        page_hash = request.page_hashes[num_hits]
+        for other in running:
+            hashes = other.page_hashes
+            num_computed_pages = other.num_computed_tokens // self._pool.page_size
+            if num_computed_pages <= num_hits < len(hashes) and hashes[num_hits] == page_hash:
+                return True
+        return False
+
+    def publish(self, request: Request, *, start: int) -> None:
+        """Offer the pages that were filled by computing from token `start`."""
+        if not self._pool.enable_prefix_caching:
+            return
+        page_size = self._pool.page_size
+        self._extend_hashes(request)
+        for index in range(start // page_size, request.num_computed_tokens // page_size):
+            self._pool.register(request.pages[index], request.page_hashes[index])
+
+    def _max_hits(self, request: Request) -> int:
+        return (request.num_tokens - 1) // self._pool.page_size
+
+    def _extend_hashes(self, request: Request) -> None:
+        """Hash the full pages of known tokens; tokens are only appended, so hashes stay valid."""
+        page_size, hashes = self._pool.page_size, request.page_hashes
+        for start in range(len(hashes) * page_size, request.num_tokens - page_size + 1, page_size):
+            parent = hashes[-1] if hashes else root_hash(request.cache_salt)
+            hashes.append(hash_page(parent, request.token_ids[start : start + page_size]))

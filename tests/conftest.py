@@ -1,0 +1,45 @@
+"""What every test shares: one torch thread, and tiny random checkpoints."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.util import write_checkpoint
+
+# Name -> arguments of write_checkpoint. "llama-mlp" is the native format with all that is unlike
+# the others: learnable compression, gate biases, groups of three, values narrower than keys.
+_CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
+    "nsa": {"family": "nsa"},
+    "llama-nsa": {"family": "llama-nsa"},
+    "llama": {"family": "llama"},
+    "llama-mlp": {
+        "family": "llama",
+        "nsa": {"compression": "mlp", "cmp_hidden_size": 20, "gate_bias": True, "window_size": 17},
+        "config": {"v_head_dim": 12},
+        "num_q_heads": 6,
+        "num_kv_heads": 2,
+        "head_dim": 20,
+    },
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_torch_thread() -> Iterator[None]:
+    """Run small matrices on one thread: where cores are busy a second one multiplies the time."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """Folders of random checkpoints: one of each family, and "llama-mlp"."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return {
+        name: write_checkpoint(root / name, seed=seed, **arguments)
+        for seed, (name, arguments) in enumerate(_CHECKPOINTS.items(), start=1)
+    }

@@ -1,0 +1,139 @@
+"""A stand-in for the model, and a scheduler driven over it step by step."""
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+from nsa_serve.page_pool import NULL_PAGE, PagePool
+from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams, TokenOutput
+from nsa_serve.scheduler import SampledToken, ScheduledRow, Scheduler, SchedulerOutput
+
+PAGE_SIZE = 4
+VOCAB_SIZE = 50
+
+
+class PagedModel:
+    """A stand-in for the model: its next token is a checksum of the history that the pages hold.
+
+    A page shared, freed or overwritten wrongly changes what a row reads back, hence its token.
+    """
+
+    def __init__(self, page_size: int) -> None:
+        self.page_size = page_size
+        self.slots: dict[int, int] = {}  # page * page_size + offset -> token id
+
+    def slot(self, request: Request, position: int) -> int:
+        page = request.pages[position // self.page_size]
+        assert page != NULL_PAGE
+        return page * self.page_size + position % self.page_size
+
+    def run(self, output: SchedulerOutput) -> dict[str, SampledToken]:
+        """Write every row's tokens to its pages, then sample the rows that ask for it."""
+        for row in output.rows:
+            for position in range(row.start, row.start + row.num_tokens):
+                slot = self.slot(row.request, position)
+                self.slots[slot] = row.request.token_ids[position]
+        return {
+            row.request.request_id: SampledToken(self._next_token(row))
+            for row in output.rows
+            if row.samples
+        }
+
+    def _next_token(self, row: ScheduledRow) -> int:
+        positions = range(row.start + row.num_tokens)
+        history = [self.slots[self.slot(row.request, position)] for position in positions]
+        return next_token(history)
+
+
+def next_token(history: Iterable[int]) -> int:
+    return zlib.crc32(repr(list(history)).encode()) % VOCAB_SIZE
+
+
+def make_request(
+    request_id: str,
+    prompt: int | Iterable[int],
+    *,
+    priority: int = 0,
+    cache_salt: str | None = None,
+    **params: Any,
+) -> Request:
+    """A request with this prompt, or with a prompt of this many tokens that no other id shares."""
+    if isinstance(prompt, int):
+        prompt = [zlib.crc32(f"{request_id} {i}".encode()) % 1000 + 100 for i in range(prompt)]
+    params.setdefault("max_tokens", 4)
+    message = EngineRequest(
+        request_id=request_id,
+        prompt_token_ids=list(prompt),
+        params=SamplingParams(**params),
+        priority=priority,
+        cache_salt=cache_salt,
+    )
+    return Request(message, arrival_s=0.0)
+
+
+class Harness:
+    """A scheduler, its pool and the model, driven step by step with `check` after each."""
+
+    def __init__(self, num_pages: int = 100, **settings: Any) -> None:
+        enable_prefix_caching = settings.pop("enable_prefix_caching", True)
+        page_size = settings.pop("page_size", PAGE_SIZE)
+        pool = PagePool(num_pages + 1, page_size, enable_prefix_caching=enable_prefix_caching)
+        settings = {
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 64,
+            "max_model_len": 200,
+        } | settings
+        self.pool = pool
+        self.scheduler = Scheduler(pool, **settings)
+        self.model = PagedModel(page_size)
+        self.outputs: list[TokenOutput] = []
+
+    def add(self, request_id: str, prompt: int | Iterable[int], **params: Any) -> Request:
+        request = make_request(request_id, prompt, **params)
+        self.scheduler.add(request)
+        self.scheduler.check()
+        return request
+
+    def schedule(self) -> SchedulerOutput:
+        output = self.scheduler.schedule()
+        self.scheduler.check()
+        return output
+
+    def update(self, output: SchedulerOutput, sampled: dict[str, SampledToken]) -> None:
+        self.outputs += self.scheduler.update(output, sampled)
+        self.scheduler.check()
+
+    def step(self) -> SchedulerOutput:
+        output = self.schedule()
+        self.update(output, self.model.run(output))
+        return output
+
+    def drain(self) -> None:
+        """Run to the end; a step without rows would never end."""
+        while self.scheduler.has_unfinished:
+            assert self.step().rows, "requests are left but nothing is scheduled"
+        assert self.pool.num_free_pages == self.pool.num_pages
+
+    def finish_reasons(self) -> dict[str, FinishReason]:
+        reasons = [(o.request_id, o.finish_reason) for o in self.outputs if o.finish_reason]
+        assert len(reasons) == len(dict(reasons)), "a request ended twice"
+        return dict(reasons)
+
+
+def rows_of(output: SchedulerOutput) -> list[tuple[str, int, int]]:
+    return [(row.request.request_id, row.start, row.num_tokens) for row in output.rows]
+
+
+def generate_alone(request: Request, **settings: Any) -> list[int]:
+    """Tokens of the same request with a whole pool to itself and no prefix cache."""
+    harness = Harness(enable_prefix_caching=False, **settings)
+    alone = Request(
+        EngineRequest(
+            request_id=request.request_id,
+            prompt_token_ids=request.prompt_token_ids,
+            params=request.params,
+        )
+    )
+    harness.scheduler.add(alone)
+    harness.drain()
+    return alone.output_token_ids
