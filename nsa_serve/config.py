@@ -5,6 +5,7 @@ variable (`NSA_SERVE_` + the name in capitals) and an argument of `LLM`. `ModelC
 `NSAConfig` are what a checkpoint says about itself.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -176,27 +177,26 @@ class NSAConfig(NSASpec):
                 f"the nsa section has unknown fields: {', '.join(unknown)}; "
                 f"known are: {', '.join(sorted(known))}"
             )
+        values = {name: _read_nsa_field(name, value) for name, value in section.items()}
         try:
-            values = {name: _read_field(name, value) for name, value in section.items()}
             return cls(**values)
         except ValueError as error:
             raise ModelError(f"the nsa section is invalid: {error}") from None
 
 
-def _read_field(name: str, value: object) -> Any:
-    """Return a field of an `nsa` section as NSAConfig wants it. Raises ValueError naming it."""
+def _read_nsa_field(name: str, value: object) -> Any:
+    """Return a JSON value as NSAConfig wants it; by exact type, for a bool is an int otherwise."""
     if name == "gate_constant":
         items = value if isinstance(value, list | tuple) else []
-        if len(items) != 3 or any(type(item) not in (int, float) for item in items):
-            raise ValueError(
-                f"{name} must be a list of three numbers (cmp, slc, swa), got {value!r}"
+        numbers = [float(x) for x in items if type(x) in (int, float) and math.isfinite(x)]
+        if len(items) != 3 or len(numbers) != 3:
+            raise ModelError(
+                f"nsa.{name} must be a list of three finite numbers (cmp, slc, swa), got {value!r}"
             )
-        return tuple(float(item) for item in items)
-    default = NSAConfig.__dataclass_fields__[name].default
-    # By the exact type: a bool is an int to isinstance.
-    if type(value) is not type(default):
-        kind = {int: "an integer", bool: "true or false"}.get(type(default), "a string")
-        raise ValueError(f"{name} must be {kind}, got {value!r}")
+        return tuple(numbers)
+    expected = type(NSAConfig.__dataclass_fields__[name].default)
+    if type(value) is not expected:
+        raise ModelError(f"nsa.{name} must be of type {expected.__name__}, got {value!r}")
     return value
 
 

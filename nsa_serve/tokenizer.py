@@ -152,6 +152,10 @@ class Tokenizer:
         """True for tokens that mark structure, such as EOS."""
         return token_id in self._special_ids
 
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as a tokenizer.json, without its chat template."""
+        self._backend.save(str(path))
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],

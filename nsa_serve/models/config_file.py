@@ -6,7 +6,6 @@ Both spellings are read: `rope_theta`, `rope_scaling`, `torch_dtype` of transfor
 `rope_parameters`, `dtype` of transformers 5.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -157,16 +156,6 @@ def read_nsa_section(section: object) -> NSAConfig:
     """Read an `nsa` section, whose fields are those of NSAConfig. Raises ModelError naming one."""
     if not isinstance(section, Mapping):
         raise ModelError(f"the nsa section must be an object, got {section!r}")
-    for field in dataclasses.fields(NSAConfig):
-        if field.name not in section:
-            continue
-        value, default = section[field.name], field.default
-        if field.name == "gate_constant":
-            if not isinstance(value, list | tuple) or not all(_is_number(item) for item in value):
-                raise ModelError(f"nsa.gate_constant must be a list of numbers, got {value!r}")
-        elif type(value) is not type(default):
-            expected = type(default).__name__
-            raise ModelError(f"nsa.{field.name} must be of type {expected}, got {value!r}")
     return NSAConfig.from_dict(section)
 
 

@@ -29,6 +29,7 @@ from nsa_serve.engine_client import EngineClient
 from nsa_serve.errors import EngineDeadError, NSAServeError
 from nsa_serve.messages import LoadProgress
 from nsa_serve.metrics import Metrics
+from nsa_serve.model_source import served_name
 
 _logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class _Lifetime:
         self._config = settings.server
         self._start_engine = start_engine
         self._sock = sock
-        names = self._config.served_model_name or [settings.engine.model]
+        names = self._config.served_model_name or [served_name(settings.engine)]
         self._state = ServerState(
             self._config,
             Metrics(names[0]),
