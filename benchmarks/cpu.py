@@ -23,12 +23,13 @@ from typing import Any
 import httpx
 import torch
 from export_hf import export_hf
-from nsa_client.bench import BenchConfig, run_bench
-from nsa_serve.config import EngineConfig, num_usable_cpus
-from nsa_serve.model_source import load_tokenizer
 from peers.measure import measure, read_workload
 from report import summarize, write_report
 from workload import ROOT, make_scenarios, write_workload
+
+from nsa_client.bench import BenchConfig, run_bench
+from nsa_serve.config import EngineConfig, num_usable_cpus
+from nsa_serve.model_source import load_tokenizer
 
 PEERS = Path(__file__).parent / "peers"
 
@@ -133,9 +134,7 @@ def main() -> None:
     parser.add_argument("--vllm-python", help="python of an environment with vLLM's CPU build")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=num_usable_cpus())
-    parser.add_argument(
-        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json"
-    )
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "cpu.json")
     options = parser.parse_args()
     config = EngineConfig()
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+
 from nsa_serve.config import EngineConfig
 from nsa_serve.model_source import load_tokenizer, resolve_model
 from nsa_serve.models.families import load_model_config
 from nsa_serve.models.weights import load_weights
-from safetensors.torch import save_file
 
 
 def export_hf(folder: Path, config: EngineConfig) -> None:

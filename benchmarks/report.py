@@ -32,9 +32,7 @@ def summarize(result: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any
             rows[name] = {"prefill_s": first}
             if times["tn"]:
                 total = statistics.median(times["tn"])
-                rows[name]["decode_tokens_per_s"] = (
-                    num_prompts * (output_len - 1) / (total - first)
-                )
+                rows[name]["decode_tokens_per_s"] = num_prompts * (output_len - 1) / (total - first)
                 rows[name]["total_tokens_per_s"] = num_prompts * output_len / total
         summary[engine] = rows
     return summary
@@ -44,17 +42,17 @@ def cpu_section(result: dict[str, Any]) -> str:
     """Return the Markdown of the CPU benchmark."""
     summary, machine = result["summary"], result["machine"]
     engines = list(summary)
+    versions = []
+    for name in engines:
+        parts = result["engines"][name]["versions"].items()
+        versions.append(f"{name} ({', '.join(f'{package} {number}' for package, number in parts)})")
     lines = [
         "## CPU: the default model",
         "",
         f"{machine['cpu']}, {result['num_threads']} threads "
         f"({', '.join(machine['features']) or 'no AVX-512'}), commit {result['commit']}, "
         f"{result['date']}. Command: `{result['command']}`. Engines: "
-        + "; ".join(
-            f"{name} ({', '.join(f'{k} {v}' for k, v in result['engines'][name]['versions'].items())})"
-            for name in engines
-        )
-        + ".",
+        f"{'; '.join(versions)}.",
         "",
         "Same token ids, same dequantised bf16 weights, same threads, one engine after the other. "
         "nsa-serve is measured through its HTTP server, the others in their own process. "
@@ -68,9 +66,7 @@ def cpu_section(result: dict[str, Any]) -> str:
         cells = [form.format(summary[engine][scenario][figure]) for engine in engines]
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     ours = summary["nsa-serve"]
-    ratio = (
-        ours["context_7k"]["decode_tokens_per_s"] / ours["context_1k"]["decode_tokens_per_s"]
-    )
+    ratio = ours["context_7k"]["decode_tokens_per_s"] / ours["context_1k"]["decode_tokens_per_s"]
     floor_s = result["weight_bytes"] / result["read_bandwidth_bytes_per_s"]
     share = ours["single"]["decode_tokens_per_s"] * floor_s
     lines += [

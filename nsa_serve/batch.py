@@ -6,10 +6,10 @@ T tokens of the step, R rows that sample.
 from dataclasses import dataclass
 
 import torch
-from nsa_kernels.metadata import AttnMetadata, build_metadata
-from nsa_kernels.spec import NSASpec
 from torch import Tensor
 
+from nsa_kernels.metadata import AttnMetadata, build_metadata
+from nsa_kernels.spec import NSASpec
 from nsa_serve.request import Request
 from nsa_serve.scheduler import SchedulerOutput
 

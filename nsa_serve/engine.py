@@ -1,5 +1,6 @@
 """The synchronous core: a scheduler and a model runner, one step at a time."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +15,9 @@ from nsa_serve.messages import EngineInfo, EngineStats, LoadProgress
 from nsa_serve.model_runner import ModelRunner
 from nsa_serve.model_source import resolve_model
 from nsa_serve.models.families import load_model_config
+from nsa_serve.models.layers import cpu_has_bfloat16
 from nsa_serve.models.nsa_transformer import NSATransformer
-from nsa_serve.models.weights import load_weights
+from nsa_serve.models.weights import expected_weights, load_weights
 from nsa_serve.page_pool import PagePool
 from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams, TokenOutput
 from nsa_serve.sampler import Sampler, SamplingFailure
@@ -41,16 +43,17 @@ class Engine:
             source = resolve_model(config)
             model_config = load_model_config(source)
             dtype = run_dtype(config)
+            # Before the weights are read, so that a setting that cannot work fails at once.
+            limit = _model_len_limit(config, model_config)
+            num_pages = size_cache(config, model_config, dtype, limit)
         with _timed(phases, "weights"):
             weights = load_weights(
                 source, model_config, dtype, on_progress=_weight_progress(on_progress)
             )
             num_parameters = sum(tensor.numel() for tensor in weights.values())
-        limit = _model_len_limit(config, model_config)
         with _timed(phases, "layout"):
             model = NSATransformer(model_config, weights, max_positions=limit).eval()
         with _timed(phases, "cache"):
-            num_pages = size_cache(config, model_config, dtype, limit)
             cache = KVCache(model_config, num_pages, dtype=dtype, device=device)
         capacity = (num_pages - 1) * model_config.nsa.block_size
         max_model_len = min(limit, capacity)
@@ -177,10 +180,7 @@ def _weight_progress(on_progress: OnProgress | None) -> Callable[[int, int], Non
 def run_dtype(config: EngineConfig) -> torch.dtype:
     """Return the dtype to run in: "auto" is bfloat16 where oneDNN computes in it."""
     if config.dtype == "auto":
-        has_bf16 = torch.backends.mkldnn.is_available() and bool(
-            torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        )
-        return torch.bfloat16 if has_bf16 else torch.float32
+        return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
@@ -211,7 +211,10 @@ def size_cache(
     if config.page_memory is not None:
         num_pages = num_pages_for(model, dtype, config.page_memory)
     else:
-        memory = available_bytes() // _DEFAULT_MEMORY_SHARE
+        weight_bytes = dtype.itemsize * sum(
+            math.prod(shape) for shape in expected_weights(model).values()
+        )
+        memory = max(0, available_bytes() - weight_bytes) // _DEFAULT_MEMORY_SHARE
         useful = config.max_num_seqs * pages_per_request + 1
         num_pages = min(num_pages_for(model, dtype, memory), useful)
     if config.max_model_len is not None and num_pages - 1 < pages_per_request:

@@ -1,12 +1,12 @@
 """Every exception of the engine.
 
-    NSAServeError
-    ├── ConfigError            a flag, environment variable or config file is wrong (exit 2)
-    ├── ModelError             a checkpoint cannot be loaded or served as it is
-    ├── CapacityError          the model or the request does not fit the memory there is
-    ├── RequestError           one request is invalid: HTTP 400, `param` names the field
-    ├── QueueFullError         too many requests are queued: HTTP 503 with Retry-After
-    └── EngineDeadError        the engine process is gone; every request in flight gets this
+NSAServeError
+├── ConfigError            a flag, environment variable or config file is wrong (exit 2)
+├── ModelError             a checkpoint cannot be loaded or served as it is
+├── CapacityError          the model or the request does not fit the memory there is
+├── RequestError           one request is invalid: HTTP 400, `param` names the field
+├── QueueFullError         too many requests are queued: HTTP 503 with Retry-After
+└── EngineDeadError        the engine process is gone; every request in flight gets this
 """
 
 

@@ -1,8 +1,8 @@
 """The cache tensors: what a page costs, how many pages fit, and the pages themselves."""
 
 import torch
-from nsa_kernels.ops import LayerCache
 
+from nsa_kernels.ops import LayerCache
 from nsa_serve.config import ModelConfig
 from nsa_serve.errors import CapacityError
 from nsa_serve.messages import CacheComponent

@@ -37,9 +37,7 @@ def main() -> None:
 
     results = measure(read_workload(workload_path), wall)
     print(
-        json.dumps(
-            {"versions": {"vllm": vllm.__version__}, "load_s": load_s, "scenarios": results}
-        )
+        json.dumps({"versions": {"vllm": vllm.__version__}, "load_s": load_s, "scenarios": results})
     )
 
 

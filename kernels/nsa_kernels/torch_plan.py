@@ -60,13 +60,16 @@ class DecodePlan:
 class SelectionPlan:
     """What is fixed about a selection before the scores are known. Q query rows.
 
-    score_map: [P * E, P] fp32 weights from compressed entries to blocks.
+    touching: E + l/d - 1, the windows that touch a block; per_block: E, where the next block's
+    begin. weights: [touching] fp32 for their sum ("overlap"), None for their maximum ("max_pool").
     force: [Q, P] fp32, added to the scores: large for forced blocks, -inf for blocks that the
     query cannot choose. halves: for "fla_legacy", two such tensors; n/2 blocks come from each.
     """
 
     num_selected: int
-    score_map: Tensor
+    touching: int
+    per_block: int
+    weights: Tensor | None
     force: Tensor
     halves: tuple[Tensor, Tensor] | None
 
@@ -119,19 +122,15 @@ class TorchPlan:
     chunks: list[ChunkPlan]
 
 
-def score_map(num_pages: int, spec: NSASpec) -> Tensor:
-    """Return [P * E, P] fp32: weight of each flat compressed entry on each block ("overlap").
+def overlap_weights(spec: NSASpec) -> Tensor:
+    """Return [E + l/d - 1] fp32: strides that a block shares with each window that touches it.
 
-    In flat entries e = window + l/d - 1 the overlap of Eq. 9 reads: block j takes entries
-    [jE, jE + E + l/d - 2], each weighted by the strides that window and block share.
+    Eq. 9 of the paper; [1, 2, 2, 2, 1] for 32/16/64. In flat entries e = window + l/d - 1 the
+    windows that touch block j are [jE, jE + E + l/d - 2], for every j.
     """
     entries, span = spec.cmp_entries_per_page, spec.strides_per_window
-    entry = torch.arange(num_pages * entries).unsqueeze(1)
-    block = torch.arange(num_pages).unsqueeze(0)
-    # In units of one stride the window of entry e covers [e - span + 1, e], the block [jE, jE + E).
-    first = torch.maximum(entry - span + 1, block * entries)
-    last = torch.minimum(entry, block * entries + entries - 1)
-    return (last - first + 1).clamp_(min=0).float()
+    entry = torch.arange(entries + span - 1)
+    return (entry.clamp(max=entries - 1) - (entry - span + 1).clamp(min=0) + 1).float()
 
 
 def plan_selection(positions: IntArray, num_pages: int, spec: NSASpec) -> SelectionPlan:
@@ -152,7 +151,9 @@ def plan_selection(positions: IntArray, num_pages: int, spec: NSASpec) -> Select
         halves = (torch.from_numpy(past), torch.from_numpy(last))
     return SelectionPlan(
         num_selected=min(spec.num_selected_blocks, num_pages),
-        score_map=score_map(num_pages, spec),
+        touching=spec.cmp_entries_per_page + spec.strides_per_window - 1,
+        per_block=spec.cmp_entries_per_page,
+        weights=overlap_weights(spec) if spec.score_map == "overlap" else None,
         force=torch.from_numpy(force),
         halves=halves,
     )
@@ -166,12 +167,7 @@ def plan_attention(
     dtype: torch.dtype,
     branches: Branches | None = None,
 ) -> TorchPlan:
-    """Plan one step for layers of `num_kv_heads` heads and activations of `dtype`.
-
-    Raises ValueError for a score map that has no PyTorch path.
-    """
-    if spec.score_map != "overlap":
-        raise ValueError(f"score_map {spec.score_map!r} has no serving path, only 'overlap' has")
+    """Plan one step for layers of `num_kv_heads` heads and activations of `dtype`."""
     branches = branches or Branches()
     table = meta.page_table.numpy().astype(np.int64)
     seq_lens = meta.seq_lens.numpy().astype(np.int64)
@@ -222,7 +218,7 @@ def _bias(visible: npt.NDArray[np.bool_], dtype: torch.dtype) -> Tensor:
 
 
 def _cmp_visible(positions: IntArray, num_entries: int, spec: NSASpec) -> npt.NDArray[np.bool_]:
-    """[Q, num_entries]: flat entry e ends with token (e + 1) * d - 1; the first l/d - 1 are none."""
+    """[Q, entries]: entry e ends with token (e + 1) * d - 1; the first l/d - 1 do not exist."""
     entry = np.arange(num_entries)[None, :]
     ended = (entry + 1) * spec.cmp_stride <= positions[:, None] + 1
     return ended & (entry >= spec.strides_per_window - 1)

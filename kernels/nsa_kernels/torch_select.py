@@ -1,6 +1,7 @@
 """Selection on the vectorised PyTorch path: scores to blocks, ties to the lower index."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_kernels.torch_plan import SelectionPlan
@@ -8,7 +9,9 @@ from nsa_kernels.torch_plan import SelectionPlan
 
 def group_block_scores(cmp_probs: Tensor, plan: SelectionPlan) -> Tensor:
     """Return block scores [..., P] fp32 from [..., G, P * E] fp32 probabilities, summed over G."""
-    return cmp_probs.sum(-2) @ plan.score_map
+    padded = F.pad(cmp_probs.sum(-2), (0, plan.touching - plan.per_block))
+    touching = padded.unfold(-1, plan.touching, plan.per_block)  # [..., P, E + l/d - 1]
+    return touching.amax(-1) if plan.weights is None else touching @ plan.weights
 
 
 def select_block_indices(scores: Tensor, plan: SelectionPlan) -> Tensor:

@@ -58,12 +58,14 @@ class Linear(nn.Module):
 
 
 def can_pack(weight: Tensor) -> bool:
-    """True for bf16 on a CPU whose oneDNN build computes in bf16."""
-    return (
-        weight.device.type == "cpu"
-        and weight.dtype == torch.bfloat16
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """True for bf16 on a CPU where oneDNN computes in it."""
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu_has_bfloat16()
+
+
+def cpu_has_bfloat16() -> bool:
+    """True when oneDNN is built in and has bf16 matrix products for this processor."""
+    return torch.backends.mkldnn.is_available() and bool(
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )
 
 

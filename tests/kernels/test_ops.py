@@ -5,19 +5,18 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from nsa_kernels import reference
 from nsa_kernels.metadata import LayerCache, build_metadata
 from nsa_kernels.ops import Branches, CompressionMLP, nsa_attention, plan_attention
 from nsa_kernels.spec import NSASpec
-from torch import Tensor
 
 # Both sides compute in fp32; they differ in summation order over at most a few thousand terms.
 FP32_TOLERANCE = 2e-5
 
 PAPER = NSASpec(num_selected_blocks=4, window_size=96)
-FLA = NSASpec(
-    cmp_len=16, cmp_stride=16, block_size=16, num_selected_blocks=4, window_size=24
-)
+FLA = NSASpec(cmp_len=16, cmp_stride=16, block_size=16, num_selected_blocks=4, window_size=24)
 LEGACY = NSASpec(
     cmp_len=8,
     cmp_stride=8,
@@ -37,10 +36,16 @@ ODD = NSASpec(
     num_local_blocks=2,
     window_size=1,
 )
-NO_WINDOW = NSASpec(
-    cmp_len=16, cmp_stride=8, block_size=32, num_selected_blocks=5, window_size=0
-)
-SPECS = {"paper": PAPER, "fla": FLA, "legacy": LEGACY, "odd": ODD, "no_window": NO_WINDOW}
+NO_WINDOW = NSASpec(cmp_len=16, cmp_stride=8, block_size=32, num_selected_blocks=5, window_size=0)
+MAX_POOL = NSASpec(num_selected_blocks=4, window_size=0, score_map="max_pool")
+SPECS = {
+    "paper": PAPER,
+    "fla": FLA,
+    "legacy": LEGACY,
+    "odd": ODD,
+    "no_window": NO_WINDOW,
+    "max_pool": MAX_POOL,
+}
 
 
 @dataclass
@@ -99,9 +104,7 @@ class Problem:
         )
         return list(output.split(query_lens))
 
-    def expected(
-        self, row: int, start: int, stop: int, gates: Tensor | None = None
-    ) -> Tensor:
+    def expected(self, row: int, start: int, stop: int, gates: Tensor | None = None) -> Tensor:
         """The specification's rows [start, stop) of one sequence."""
         k, v = self.k[row][:stop], self.v[row][:stop]
         if self.mlps is None:

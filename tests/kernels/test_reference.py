@@ -456,15 +456,6 @@ def test_legacy_rule_attends_to_fewer_blocks_at_the_start_of_a_chunk() -> None:
     assert got.tolist() == [[[*range(8), 16, *[-1] * 7]]]
 
 
-def test_legacy_rule_refuses_what_its_halves_cannot_hold() -> None:
-    for spec in (
-        replace(SPECS["legacy"], num_selected_blocks=5),
-        replace(SPECS["legacy"], num_selected_blocks=4, num_init_blocks=1),
-    ):
-        with pytest.raises(ValueError, match="fla_legacy"):
-            ref.select_blocks(torch.zeros(1, 1, 1), torch.tensor([0]), spec)
-
-
 def test_a_window_is_seen_from_its_last_token_on() -> None:
     x = make_inputs(OVERLAP, 65, (1, 1, 16, 16))
     for position, num_seen in ((6, 0), (7, 1), (10, 1), (11, 2), (64, 15)):
