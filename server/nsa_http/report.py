@@ -97,7 +97,7 @@ def log_ready(info: EngineInfo, *, url: str, model: str, has_key: bool, total_s:
     for line in describe_engine(info):
         _logger.info("%s", line)
     _logger.info("ready on %s after %.2f s; try:", url, total_s)
-    key = ' -H "Authorization: Bearer $NSA_SERVE_API_KEY"' if has_key else ""
+    key = ' -H "Authorization: Bearer KEY"' if has_key else ""
     _logger.info(
         "  curl %s/v1/completions -H 'Content-Type: application/json'%s "
         """-d '{"model": "%s", "prompt": "Once upon a time", "max_tokens": 32}'""",
