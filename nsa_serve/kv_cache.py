@@ -1,5 +1,9 @@
 """The cache tensors: what a page costs, how many pages fit, and the pages themselves."""
 
+import contextlib
+import math
+import mmap
+
 import torch
 
 from nsa_kernels.ops import LayerCache
@@ -59,7 +63,8 @@ class KVCache:
         nsa, heads = config.nsa, config.num_kv_heads
 
         def pages(tokens: int, dim: int) -> torch.Tensor:
-            tensor = torch.empty((num_pages, heads, tokens, dim), dtype=dtype, device=device)
+            shape = (num_pages, heads, tokens, dim)
+            tensor = allocate(shape, dtype=dtype, device=device)
             tensor[0].zero_()
             return tensor
 
@@ -73,3 +78,17 @@ class KVCache:
             )
             for _ in range(config.num_layers)
         ]
+
+
+def allocate(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised tensor; on the CPU in huge pages where the system has them.
+
+    Selected pages lie anywhere in gigabytes of cache: with 4 KiB pages each one misses the TLB.
+    """
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without transparent huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -11,7 +11,10 @@ def group_block_scores(cmp_probs: Tensor, plan: SelectionPlan) -> Tensor:
     """Return block scores [..., P] fp32 from [..., G, P * E] fp32 probabilities, summed over G."""
     padded = F.pad(cmp_probs.sum(-2), (0, plan.touching - plan.per_block))
     touching = padded.unfold(-1, plan.touching, plan.per_block)  # [..., P, E + l/d - 1]
-    return touching.amax(-1) if plan.weights is None else touching @ plan.weights
+    if plan.weights is None:
+        return touching.amax(-1)
+    # Copied flat: a product with the overlapping view itself is split into one call a row.
+    return touching.reshape(-1, plan.touching).mv(plan.weights).view(touching.shape[:-1])
 
 
 def select_block_indices(scores: Tensor, plan: SelectionPlan) -> Tensor:
