@@ -85,7 +85,7 @@ class EngineConfig(BaseModel):
         32, "Cache and scheduling", "most requests that run at once", ge=1, le=4096
     )
     max_num_batched_tokens: int = _field(
-        2048,
+        1024,
         "Cache and scheduling",
         "most tokens in one step: decode rows and prefill chunks",
         ge=1,
