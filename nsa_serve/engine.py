@@ -214,7 +214,13 @@ def size_cache(
         weight_bytes = dtype.itemsize * sum(
             math.prod(shape) for shape in expected_weights(model).values()
         )
-        memory = max(0, available_bytes() - weight_bytes) // _DEFAULT_MEMORY_SHARE
+        free = available_bytes()
+        if free <= weight_bytes:
+            raise CapacityError(
+                f"the weights need {weight_bytes} bytes in {dtype}, but {free} bytes of memory are "
+                f"free: free some, or serve a smaller model"
+            )
+        memory = (free - weight_bytes) // _DEFAULT_MEMORY_SHARE
         useful = config.max_num_seqs * pages_per_request + 1
         num_pages = min(num_pages_for(model, dtype, memory), useful)
     if config.max_model_len is not None and num_pages - 1 < pages_per_request:

@@ -1,5 +1,6 @@
 """The engine's own duties: sizing, refusals, one request's failure, statistics, batch layout."""
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from nsa_serve.errors import CapacityError, ConfigError, ModelError, RequestErro
 from nsa_serve.kv_cache import KVCache, bytes_per_page, bytes_per_token, num_pages_for
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import load_model_config
+from nsa_serve.models.weights import expected_weights
 from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams
 from nsa_serve.scheduler import ScheduledRow, SchedulerOutput
 from tests.engine.engine_runs import greedy, make_engine, make_prompt, run
@@ -73,8 +75,13 @@ def test_without_page_memory_a_share_of_what_is_free_is_taken(
 ) -> None:
     config = load_model_config(ModelSource(name="m", folder=folder))
     settings = EngineConfig(model=str(folder), max_num_seqs=2)
-    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: 4 * 9 * PAGE_BYTES + 1)
+    weight_bytes = 4 * sum(math.prod(shape) for shape in expected_weights(config).values())
+    free = weight_bytes + 4 * 9 * PAGE_BYTES + 1
+    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: free)
     assert size_cache(settings, config, torch.float32, 1024) == 9
+    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: weight_bytes)
+    with pytest.raises(CapacityError, match=f"the weights need {weight_bytes} bytes in"):
+        size_cache(settings, config, torch.float32, 1024)
     # No more than two requests of 1024 tokens can use, and the null page.
     monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: 2**40)
     assert size_cache(settings, config, torch.float32, 1024) == 2 * 64 + 1
