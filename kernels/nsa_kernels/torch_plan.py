@@ -49,7 +49,7 @@ class DecodePlan:
     token_bias: Tensor
     window_page_rows: Tensor | None
     window_bias: Tensor | None
-    cmp_bias: Tensor | None  # [B * H, 1, P * E]
+    cmp_bias: Tensor | None  # [B * H, 1, P * E] fp32
     has_windows: Tensor | None  # [B, 1, 1] 1 where a compressed entry is visible, else 0
     selection: "SelectionPlan | None"
     block_row_base: Tensor | None  # [B, H, 1] start of each row and head in page_rows
@@ -243,7 +243,7 @@ def _plan_decode(
     cmp_bias = has_windows = None
     if branches.cmp or selects:
         seen = _cmp_visible(positions, num_pages * spec.cmp_entries_per_page, spec)
-        cmp_bias = _bias(seen, dtype).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
+        cmp_bias = _bias(seen, torch.float32).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
         has_windows = torch.from_numpy(seen.any(1)).to(dtype).view(-1, 1, 1)
     window_page_rows = window_bias = None
     if branches.swa and spec.window_size > 0:
