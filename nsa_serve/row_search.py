@@ -41,11 +41,12 @@ def first_argmax(rows: Tensor) -> Tensor:
     return columns.gather(1, within)[:, 0]
 
 
-def draw_by_index(weights: Tensor, cumulative: Tensor, uniforms: Tensor) -> Tensor:
+def draw_by_index(weights: Tensor, uniforms: Tensor) -> Tensor:
     """Invert the distribution function in the order of token ids: [R, V] -> [R].
 
-    cumulative: float64 [R, chunks], running sums of the weights of the chunks.
+    weights: float32, not negative, not normalised. uniforms: float64 [R] in [0, 1).
     """
+    cumulative = by_chunk(weights, torch.sum).double().cumsum(-1)  # [R, chunks]
     targets = uniforms[:, None] * cumulative[:, -1:]
     chunks = _inverse(cumulative, targets)
     before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, chunks)

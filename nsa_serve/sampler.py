@@ -5,7 +5,9 @@ bias, min_tokens, the penalties; greedy rows take the likeliest token; the other
 the temperature, cut by min_p, top_k and top_p, and drawn.
 
 A draw is a function of the row's logits, its request's seed and its position alone, so that a
-request gets the same tokens whatever batch it runs in.
+request gets the same tokens whatever batch it runs in. It goes through the tokens in the order of
+their ids: in the order of weight, the rounding by which batches differ would swap near ties and
+change the draw.
 
 Shapes: R rows, V vocabulary.
 """
@@ -21,8 +23,8 @@ from torch import Tensor
 from nsa_serve.logprobs import token_logprobs
 from nsa_serve.penalties import Penalties
 from nsa_serve.request import Request, TokenLogprobs
-from nsa_serve.row_search import by_chunk, draw_by_index, first_argmax
-from nsa_serve.sampling_cut import Cuts, draw_cut, is_cut
+from nsa_serve.row_search import draw_by_index, first_argmax
+from nsa_serve.sampling_cut import cut_weights, is_cut
 from nsa_serve.scheduler_output import SampledToken
 
 __all__ = ["Sampler", "SamplingFailure", "token_logprobs", "uniform"]
@@ -39,16 +41,10 @@ class Sampler:
     """Turns logits into tokens.
 
     eos_token_ids: what `min_tokens` holds back besides a request's own stop_token_ids.
-    num_candidates: how many of a row's likeliest tokens are sorted before top_k and top_p; a row
-    that keeps more of them costs a histogram and a sort of what it keeps. It changes the speed,
-    never the result.
     """
 
-    def __init__(self, eos_token_ids: Sequence[int] = (), *, num_candidates: int = 256) -> None:
-        if num_candidates < 1:
-            raise ValueError(f"num_candidates must be at least 1, got {num_candidates}")
+    def __init__(self, eos_token_ids: Sequence[int] = ()) -> None:
         self._eos_token_ids = tuple(eos_token_ids)
-        self._num_candidates = num_candidates
         self._penalties = Penalties()
 
     def sample(
@@ -119,21 +115,18 @@ class Sampler:
         if any(item.min_p > 0.0 for item in params):
             min_p = torch.tensor([item.min_p for item in params], device=logits.device)
             weights.masked_fill_(weights < min_p[:, None], 0.0)
-        cumulative = by_chunk(weights, torch.sum).double().cumsum(-1)  # [rows, chunks]
+        vocab_size = logits.shape[1]
+        cut = [i for i, item in enumerate(params) if is_cut(item, vocab_size)]
+        if len(cut) == len(rows):
+            weights = cut_weights(weights, params)
+        elif cut:
+            weights[cut] = cut_weights(weights[cut], [params[i] for i in cut])
         uniforms = torch.tensor(
             [uniform(requests[row].sampling_seed, requests[row].num_output_tokens) for row in rows],
             dtype=torch.float64,
             device=logits.device,
         )
-        token_ids = draw_by_index(weights, cumulative, uniforms).tolist()
-        vocab_size = logits.shape[1]
-        cut = [i for i, item in enumerate(params) if is_cut(item, vocab_size)]
-        if cut:
-            cuts = Cuts.build([params[i] for i in cut], cumulative[cut, -1], uniforms[cut])
-            kept = weights if len(cut) == len(rows) else weights[cut]
-            for i, token_id in zip(cut, draw_cut(kept, cuts, self._num_candidates), strict=True):
-                token_ids[i] = token_id
-        return [int(token_id) for token_id in token_ids]
+        return [int(token_id) for token_id in draw_by_index(weights, uniforms).tolist()]
 
 
 def uniform(seed: int, position: int) -> float:

@@ -1,27 +1,25 @@
-"""The tokens that top_k and top_p leave of a row, and a draw from them.
+"""The tokens that top_k and top_p leave of a row.
 
-A draw inverts the distribution function of the kept tokens in the order (weight descending, token
-id ascending). Sorting a whole vocabulary is slow, so it is done on a head of that order that is
-known to hold all kept tokens: first the largest few, then, for rows that keep more, what a
-histogram of the weights says is enough. Which head is sorted changes the speed, never the result.
+They are the head of the order (weight descending, token id ascending). Nothing is sorted: a bound
+that is cheap to compute leaves few tokens of most rows, and a radix search among those finds where
+the head ends.
 
-Shapes: F rows, V vocabulary, K candidates.
+Shapes: F rows, V vocabulary, N tokens at or above the bounds of their rows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nsa_serve.request import SamplingParams
+from nsa_serve.row_search import by_chunk
 
-# Weights are at most 1; the upper bits of a float32 (exponent and 3 bits of the mantissa) order
-# them into eight bins per power of two.
-_BIN_SHIFT = 20
-_NUM_BINS = (0x3F800000 >> _BIN_SHIFT) + 1
-# Covers the rounding of float64 sums of up to a million weights in any order.
-_MASS_MARGIN = 1e-9
+# The bits of a float32 in [0, 1] are three digits of ten bits.
+_DIGIT_BITS = 10
+_NUM_BINS = 1 << _DIGIT_BITS
+_SHIFTS = (2 * _DIGIT_BITS, _DIGIT_BITS, 0)
 
 
 def is_cut(params: SamplingParams, vocab_size: int) -> bool:
@@ -29,128 +27,89 @@ def is_cut(params: SamplingParams, vocab_size: int) -> bool:
     return params.top_p < 1.0 or 0 < params.top_k < vocab_size
 
 
-@dataclass(frozen=True, slots=True)
-class Cuts:
-    """What top_k and top_p ask of F rows: each field is [F, 1].
+def cut_weights(weights: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Return the weights with 0 for the tokens that top_k and top_p exclude.
 
-    top_k is the largest int64 where it is off, top_p is infinite where it is off.
-    totals: float64, the weight of the whole row. uniforms: float64, the random numbers.
+    weights: float32 [F, V] in [0, 1], the largest of each row 1; row i is for `params[i]`. top_p
+    is a share of what top_k left. A token is kept while the weight of those before it is below
+    that share, all sums being in float64.
     """
-
-    top_k: Tensor
-    top_p: Tensor
-    totals: Tensor
-    uniforms: Tensor
-
-    @classmethod
-    def build(cls, params: Sequence[SamplingParams], totals: Tensor, uniforms: Tensor) -> "Cuts":
-        """Collect the parameters of F rows; totals, uniforms: float64 [F]."""
-        off = torch.iinfo(torch.int64).max
-        top_k = [item.top_k if item.top_k > 0 else off for item in params]
-        top_p = [item.top_p if item.top_p < 1.0 else torch.inf for item in params]
-        device = totals.device
-        return cls(
-            top_k=torch.tensor(top_k, device=device)[:, None],
-            top_p=torch.tensor(top_p, dtype=torch.float64, device=device)[:, None],
-            totals=totals[:, None],
-            uniforms=uniforms[:, None],
-        )
-
-    @property
-    def has_top_k(self) -> Tensor:
-        """Bool [F, 1]."""
-        return self.top_k < torch.iinfo(torch.int64).max
-
-    def select(self, rows: Tensor) -> "Cuts":
-        """Return the part for some rows."""
-        return Cuts(self.top_k[rows], self.top_p[rows], self.totals[rows], self.uniforms[rows])
-
-    def draw(self, values: Tensor, ids: Tensor, num_known: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw from rows sorted by (weight descending, id ascending).
-
-        values, ids: [F, K], the likeliest tokens; the first `num_known` [F] of a row are the head
-        of the whole sorted row, or all of it that matters when num_known is K. Returns the token
-        ids [F], and bool [F]: whether what is known was enough.
-        """
-        num_candidates = values.shape[1]
-        weights = values.double()
-        cumulative = weights.cumsum(-1)
-        before = torch.nn.functional.pad(cumulative[:, :-1], (1, 0))
-        # top_p is a share of what top_k left, or of the whole row.
-        last = (self.top_k - 1).clamp_max(num_candidates - 1)
-        mass = torch.where(self.has_top_k, cumulative.gather(1, last), self.totals)
-        position = torch.arange(num_candidates, device=values.device)
-        is_kept = (position < self.top_k) & (before < self.top_p * mass) & (weights > 0)
-        num_kept = is_kept.sum(-1, keepdim=True)
-
-        known = num_known[:, None]
-        is_complete = known == num_candidates
-        is_exact = is_complete | ((num_kept <= known) & (~self.has_top_k | (self.top_k <= known)))
-        targets = self.uniforms * cumulative.gather(1, num_kept - 1)
-        chosen = torch.searchsorted(cumulative, targets, right=True)
-        chosen = torch.minimum(chosen, num_kept - 1)
-        return ids.gather(1, chosen)[:, 0], is_exact[:, 0]
-
-
-def draw_cut(weights: Tensor, cuts: Cuts, num_candidates: int) -> list[int]:
-    """Draw from the tokens that top_k and top_p leave.
-
-    weights: float32 [F, V] in [0, 1], not normalised. num_candidates: the size of the first head.
-    """
-    drawn, is_exact = _draw_largest(weights, cuts, min(num_candidates, weights.shape[1]))
-    rows = (~is_exact).nonzero()[:, 0]
-    if len(rows):
-        drawn[rows] = _draw_head(weights[rows], cuts.select(rows))
-    return [int(token_id) for token_id in drawn.tolist()]
-
-
-def _draw_largest(weights: Tensor, cuts: Cuts, num_candidates: int) -> tuple[Tensor, Tensor]:
-    """Draw from the `num_candidates` largest weights; return ids [F] and whether they sufficed."""
-    values, ids = weights.topk(num_candidates, sorted=False)
-    ids, order = ids.sort(-1)
-    values, order = values.gather(1, order).sort(dim=-1, descending=True, stable=True)
-    ids = ids.gather(1, order)
-    # Which of the tokens that tie with the last candidate were taken is arbitrary, so only
-    # those above it are known to be the head of the whole sorted row.
-    smallest = values[:, -1:]
-    num_known = (values > smallest).sum(-1)
-    num_known[smallest[:, 0] == 0.0] = num_candidates
-    if num_candidates == weights.shape[1]:
-        num_known.fill_(num_candidates)
-    return cuts.draw(values, ids, num_known)
-
-
-def _draw_head(weights: Tensor, cuts: Cuts) -> Tensor:
-    """Draw token ids [F], sorting as much of each row as it needs, however much that is."""
-    rows, ids = (weights >= _lowest_needed(weights, cuts)).nonzero(as_tuple=True)
-    num_head = rows.bincount(minlength=len(weights))
-    width = int(num_head.max())
-    # Each row's head moves to the front in the order of ids; the rest is filled with weight 0.
-    first = num_head.cumsum(0) - num_head
-    columns = torch.arange(len(rows), device=weights.device) - first[rows]
-    head_values = weights.new_zeros(len(weights), width)
-    head_values[rows, columns] = weights[rows, ids]
-    head_ids = ids.new_zeros(len(weights), width)
-    head_ids[rows, columns] = ids
-    values, order = head_values.sort(dim=-1, descending=True, stable=True)
-    drawn, is_exact = cuts.draw(values, head_ids.gather(1, order), torch.full_like(num_head, width))
-    assert bool(is_exact.all()), "the head of a row lacks tokens"
-    return drawn
-
-
-def _lowest_needed(weights: Tensor, cuts: Cuts) -> Tensor:
-    """Return a weight, [F, 1], below which top_k and top_p keep no token."""
-    # The bits of floats that are not negative are in the order of the floats.
-    bins = (weights.view(torch.int32) >> _BIN_SHIFT).long()
-    amounts = weights.double()
-    if bool(cuts.has_top_k.any()):
-        amounts = torch.where(cuts.has_top_k, 1.0, amounts)
-    needed = torch.where(
-        cuts.has_top_k, cuts.top_k.double(), cuts.top_p * cuts.totals * (1.0 + _MASS_MARGIN)
+    vocab_size = weights.shape[1]
+    device = weights.device
+    # Infinite where they are off.
+    top_k = torch.tensor(
+        [item.top_k if 0 < item.top_k < vocab_size else torch.inf for item in params],
+        dtype=torch.float64,
+        device=device,
     )
-    histogram = amounts.new_zeros(len(weights), _NUM_BINS).scatter_add_(1, bins, amounts)
-    # From the highest bin down, bins before the one that reaches what is needed; all bins when
-    # rounding lets none reach it.
-    num_above = (histogram.flip(1).cumsum(-1) < needed).sum(-1, keepdim=True)
-    lowest_bin = (_NUM_BINS - 1 - num_above).clamp_min(0)
-    return (lowest_bin.int() << _BIN_SHIFT).view(torch.float32)
+    top_p = torch.tensor(
+        [item.top_p if item.top_p < 1.0 else torch.inf for item in params],
+        dtype=torch.float64,
+        device=device,
+    )
+    mass = by_chunk(weights, partial(torch.sum, dtype=torch.float64)).cumsum(-1)[:, -1]
+    bounds = _lower_bounds(weights, top_k, top_p, mass)
+    index = (weights >= bounds[:, None]).flatten().nonzero()[:, 0]  # [N]
+    rows = index // vocab_size
+    head = weights.flatten()[index]
+    has_top_k = top_k.isfinite()
+    if bool(has_top_k.any()):
+        head *= _is_kept(head, rows, torch.ones_like(head, dtype=torch.float64), top_k)
+        left = torch.zeros_like(mass).scatter_add_(0, rows, head.double())
+        mass = torch.where(has_top_k, left, mass)
+    if bool(top_p.isfinite().any()):
+        head *= _is_kept(head, rows, head.double(), top_p * mass)
+    return weights.new_zeros(weights.numel()).index_copy_(0, index, head).view_as(weights)
+
+
+def _lower_bounds(weights: Tensor, top_k: Tensor, top_p: Tensor, totals: Tensor) -> Tensor:
+    """Return weights, float32 [F], below which top_k and top_p keep no token."""
+    # Tokens below x, of which there are at most V - 1, weigh less than (V - 1) * x together.
+    # Dividing by V instead leaves room for rounding.
+    bounds = (1.0 - top_p.clamp_max(1.0)) * totals / weights.shape[1]
+    has_top_k = top_k.isfinite()
+    if bool(has_top_k.any()):
+        # Each of k chunks has a token of at least the k-th largest maximum.
+        maxima = by_chunk(weights, torch.amax)
+        num_maxima = min(int(top_k[has_top_k].max()), maxima.shape[1])
+        maxima = torch.nn.functional.pad(maxima.topk(num_maxima).values, (0, 1))
+        last = (top_k - 1).clamp_max(num_maxima).long()
+        bounds = torch.where(has_top_k, maxima.gather(1, last[:, None])[:, 0].double(), bounds)
+    return bounds.float()
+
+
+def _is_kept(weights: Tensor, rows: Tensor, amounts: Tensor, needed: Tensor) -> Tensor:
+    """Mark the tokens before which the amounts of their row sum to less than is needed.
+
+    weights: float32 [N] in [0, 1]. rows: int64 [N], ascending; within a row in the order of token
+    ids. amounts: float64 [N], equal where weights are. needed: float64 [F], above 0. Returns
+    bool [N].
+
+    Each digit, the highest first, splits the open tokens of a row into bins. The bin that reaches
+    what is needed stays open; those above it are kept. The last open tokens tie.
+    """
+    # The bits of floats that are not negative are in the order of the floats.
+    bits = weights.view(torch.int32)
+    cut_bits = torch.zeros_like(needed, dtype=torch.int32)
+    first_bins = torch.arange(len(needed), device=rows.device) * _NUM_BINS
+    open_rows, open_bits, open_amounts = rows, bits, amounts
+    for shift in _SHIFTS:
+        digits = (open_bits >> shift) & (_NUM_BINS - 1)
+        bins = first_bins[open_rows] + (_NUM_BINS - 1 - digits)
+        histogram = amounts.new_zeros(len(needed) * _NUM_BINS).scatter_add_(0, bins, open_amounts)
+        reached = histogram.view(len(needed), _NUM_BINS).cumsum(-1)
+        # The last bin when top_k or top_p is off, or when rounding lets no bin reach it.
+        last = (reached < needed[:, None]).sum(-1).clamp_max(_NUM_BINS - 1)
+        before = torch.nn.functional.pad(reached, (1, 0)).gather(1, last[:, None])[:, 0]
+        needed = needed - before
+        cut_bits |= (_NUM_BINS - 1 - last).int() << shift
+        is_open = (bins == (first_bins + last)[open_rows]).nonzero()[:, 0]
+        open_rows, open_bits = open_rows[is_open], open_bits[is_open]
+        open_amounts = open_amounts[is_open]
+    row_cut_bits = cut_bits[rows]
+    is_kept = bits > row_cut_bits
+    ties = (bits == row_cut_bits).nonzero()[:, 0]
+    tied_rows = rows[ties]
+    rank = torch.arange(len(ties), device=rows.device) - torch.searchsorted(tied_rows, tied_rows)
+    is_kept[ties] = rank * amounts[ties] < needed[tied_rows]
+    return is_kept

@@ -1,4 +1,4 @@
-"""A server process: `python -m nsa_http serve`, its log, and what the system says about it."""
+"""Server processes, above all `python -m nsa_http serve`: log, end, and what the system says."""
 
 import os
 import re
@@ -10,18 +10,19 @@ import time
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 ROOT = Path(__file__).parents[2]
 _LISTEN = "0A"
 
 
-class Server:
-    """A running server. `url` is its address once `wait_ready` returned."""
+class Process:
+    """A Python process that serves. `url` is its address once `wait_ready` returned."""
 
-    def __init__(self, model: str, *flags: str) -> None:
+    def __init__(self, *arguments: str) -> None:
         path = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "server"))
         self.popen = subprocess.Popen(
-            [sys.executable, "-m", "nsa_http", "serve", model, "--port", "0", *flags],
+            [sys.executable, *arguments],
             cwd=ROOT,
             env={**os.environ, "PYTHONPATH": path},
             stdout=subprocess.PIPE,
@@ -35,10 +36,10 @@ class Server:
 
     @property
     def log(self) -> str:
-        """What the server wrote so far."""
+        """What the process wrote so far."""
         return "".join(self._lines)
 
-    def wait_ready(self) -> "Server":
+    def wait_ready(self) -> Self:
         """Wait for the address in the log."""
         wait_until(lambda: "ready on" in self.log or self.popen.poll() is not None)
         match = re.search(r"ready on (http://\S+)", self.log)
@@ -50,6 +51,7 @@ class Server:
         """Return the exit code; the log is complete then."""
         code = self.popen.wait(timeout=30)
         self._reader.join(timeout=10)
+        assert not self._reader.is_alive(), "a child of the process still holds its output"
         return code
 
     def kill(self) -> None:
@@ -58,6 +60,18 @@ class Server:
         self.wait_exit()
         assert self.popen.stdout is not None
         self.popen.stdout.close()
+
+    def _read(self) -> None:
+        assert self.popen.stdout is not None
+        for line in self.popen.stdout:
+            self._lines.append(line)
+
+
+class Server(Process):
+    """A server of a model, with an engine process."""
+
+    def __init__(self, model: str, *flags: str) -> None:
+        super().__init__("-m", "nsa_http", "serve", model, "--port", "0", *flags)
 
     def engine_pid(self) -> int:
         """Return the process id of the one child, the engine."""
@@ -77,11 +91,6 @@ class Server:
                 name = re.sub(r'(engine|model_name)="[^"]*",?', "", name).replace("{}", "")
                 samples[name.removeprefix("nsa_serve:").replace(",}", "}")] = float(value)
         return samples
-
-    def _read(self) -> None:
-        assert self.popen.stdout is not None
-        for line in self.popen.stdout:
-            self._lines.append(line)
 
 
 def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:

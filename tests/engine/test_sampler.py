@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nsa_serve.request import EngineRequest, Request, SamplingParams
 from nsa_serve.sampler import Sampler, SamplingFailure, token_logprobs, uniform
+from nsa_serve.sampling_cut import cut_weights
 from nsa_serve.scheduler import SampledToken
 
 VOCAB_SIZES = (1, 7, 63, 64, 65, 1000, 4099)
@@ -108,52 +109,72 @@ def test_draws_follow_the_filtered_distribution(options: dict[str, Any]) -> None
         assert abs(counts[token_id] - num_draws * probability) <= bound, token_id
 
 
-@pytest.mark.parametrize("num_candidates", [1, 2, 8, 64])
+def kept_ids(weights: Sequence[float], params: SamplingParams) -> list[int]:
+    """The tokens that top_k and top_p leave of a row of weights, by a full sort."""
+    order = sorted(range(len(weights)), key=lambda i: (-weights[i], i))
+    if params.top_k > 0:
+        order = order[: params.top_k]
+    total = math.fsum(weights[i] for i in order)
+    kept: list[int] = []
+    mass = 0.0
+    for i in order:
+        if params.top_p < 1.0 and mass >= params.top_p * total:
+            break
+        kept.append(i)
+        mass += weights[i]
+    return sorted(kept)
+
+
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 1},
+    {"top_k": 2},
+    {"top_k": 40},
+    {"top_k": 40, "top_p": 0.8},
+    {"top_k": 700},
+    {"top_k": 700, "top_p": 0.99},
+    {"top_k": 4098},
+    {"top_k": 10**9, "top_p": 0.5},
+    {"top_p": 1e-300},
+    {"top_p": 1e-6},
+    {"top_p": 0.3},
+    {"top_p": 0.95},
+    {"top_p": 0.999999},
+    {"top_p": 1.0 - 1e-12},
+]
+
+
+# All tokens alike; a flat row; a usual one; one of which most weights underflow to 0.
+@pytest.mark.parametrize("scale", [0.0, 0.01, 3.0, 40.0])
+@pytest.mark.parametrize("vocab_size", [1, 2, 63, 65, 777, 4099])
 @pytest.mark.parametrize("is_rounded", [False, True], ids=["distinct", "ties"])
-def test_few_candidates_give_the_tokens_of_a_full_sort(
-    num_candidates: int, is_rounded: bool
+def test_cuts_keep_the_tokens_of_a_full_sort(
+    scale: float, vocab_size: int, is_rounded: bool
 ) -> None:
-    vocab_size = 777
-    options: list[dict[str, Any]] = [
-        {"top_k": 1},
-        {"top_k": num_candidates},
-        {"top_k": 40, "top_p": 0.8},
-        {"top_k": 700},
-        {"top_k": 777},
-        {"top_p": 0.3},
-        {"top_p": 0.99},
-        {"top_p": 0.999999, "temperature": 2.0},
-        {"top_p": 1e-6},
-        {"top_p": 0.95, "min_p": 0.02},
-        {"top_k": 3, "temperature": 0.01},
-    ]
-    requests = [make_request(seed=seed, **option) for option in options for seed in range(12)]
-    for scale in (0.5, 4.0):
-        logits = make_logits(len(requests), vocab_size, seed=7, scale=scale)
-        if is_rounded:
-            logits = logits.round()
-        full = Sampler(num_candidates=vocab_size).sample(logits.clone(), requests)
-        few = Sampler(num_candidates=num_candidates).sample(logits.clone(), requests)
-        assert few == full
-        for row, request, token_id in zip(logits, requests, tokens_of(full), strict=True):
-            kept = kept_tokens(row, request.params)
-            assert token_id in kept, request.params
+    logits = make_logits(len(CUTS), vocab_size, seed=7, scale=scale)
+    if is_rounded:
+        logits = logits.round()
+    weights = (logits - logits.amax(-1, keepdim=True)).exp()
+    params = [SamplingParams(**options) for options in CUTS]
+    together = cut_weights(weights.clone(), params)
+    for row, item, cut in zip(weights, params, together, strict=True):
+        expected = torch.zeros_like(row)
+        kept = kept_ids(row.tolist(), item)
+        expected[kept] = row[kept]
+        assert torch.equal(cut, expected), item
+        assert torch.equal(cut_weights(row[None].clone(), [item])[0], expected), item
 
 
-@pytest.mark.parametrize("scale", [0.0, 0.01, 1.0])
-def test_nuclei_of_any_size_are_exact(scale: float) -> None:
-    # From all tokens alike to a peaked row; none or all of them beyond the first candidates.
-    vocab_size = 4099
-    top_p = [0.5, 0.9, 0.95, 0.99, 1.0 - 1e-12]
-    logits = make_logits(len(top_p), vocab_size, seed=2, scale=scale)
-    requests = [make_request(seed=seed, top_p=p) for seed, p in enumerate(top_p)]
-    full = Sampler(num_candidates=vocab_size).sample(logits.clone(), requests)
-    assert Sampler(num_candidates=16).sample(logits.clone(), requests) == full
-    for row, request, token_id in zip(logits, requests, tokens_of(full), strict=True):
-        kept = kept_tokens(row, request.params)
-        assert token_id in kept
-        alone = Sampler(num_candidates=16).sample(row.clone()[None], [request])
-        assert tokens_of(alone) == [token_id]
+@pytest.mark.parametrize("options", [{}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_draws_go_through_the_kept_tokens_by_id(options: dict[str, Any], scale: float) -> None:
+    row = make_logits(1, 1000, seed=5, scale=scale)[0]
+    kept = kept_tokens(row, SamplingParams(**options))
+    requests = [make_request(seed=seed, **options) for seed in range(200)]
+    drawn = tokens_of(Sampler().sample(row.repeat(200, 1), requests))
+    for seed, token_id in enumerate(drawn):
+        before = math.fsum(kept[i] for i in kept if i < token_id)
+        # Weights are float32, of which 1000 add up to a relative error of at most 1e-6.
+        assert before - 1e-6 <= uniform(seed, 0) <= before + kept[token_id] + 1e-6
 
 
 def test_a_draw_does_not_depend_on_the_batch() -> None:
@@ -208,7 +229,11 @@ def test_uniform_is_uniform_and_defined_for_every_seed() -> None:
 def test_penalties_match_their_formulas() -> None:
     row = make_logits(1, 50, seed=5)[0]
     prompt, output = [3, 3, 4, 10], [4, 7, 7, 7]
-    options = {"repetition_penalty": 1.7, "presence_penalty": 0.4, "frequency_penalty": 0.3}
+    options: dict[str, Any] = {
+        "repetition_penalty": 1.7,
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+    }
     expected = row.tolist()
     for token_id in {*prompt, *output}:
         logit = expected[token_id]
@@ -234,7 +259,11 @@ def test_presence_and_frequency_ignore_the_prompt() -> None:
 
 
 def test_penalties_kept_from_step_to_step_equal_those_of_a_fresh_sampler() -> None:
-    options = {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": 0.2}
+    options: dict[str, Any] = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+    }
     request = make_request(prompt=range(70), temperature=0.8, **options)
     kept = Sampler()
     for step in range(200):
@@ -250,7 +279,11 @@ def test_penalties_kept_from_step_to_step_equal_those_of_a_fresh_sampler() -> No
 def test_a_new_request_under_an_old_id_starts_afresh() -> None:
     sampler, row = Sampler(), make_logits(1, 20)[0]
     best = int(row.argmax())
-    options = {"temperature": 0.0, "presence_penalty": 2.0, "frequency_penalty": 2.0}
+    options: dict[str, Any] = {
+        "temperature": 0.0,
+        "presence_penalty": 2.0,
+        "frequency_penalty": 2.0,
+    }
     first = make_request(output=[best] * 9, **options)
     assert sample_one(sampler, row, first) != best
     assert sample_one(sampler, row, make_request(**options)) == best
@@ -301,7 +334,7 @@ def test_tokens_of_no_weight_are_never_drawn() -> None:
     row[[0, 77, 199]] = torch.tensor([1.0, 2.0, 1.5])
     for option in ({}, {"top_p": 0.999}, {"top_k": 50}, {"top_k": 50, "top_p": 0.999}):
         requests = [make_request(seed=seed, **option) for seed in range(300)]
-        drawn = set(tokens_of(Sampler(num_candidates=2).sample(row.repeat(300, 1), requests)))
+        drawn = set(tokens_of(Sampler().sample(row.repeat(300, 1), requests)))
         assert drawn == {0, 77, 199}
 
 
@@ -370,7 +403,5 @@ def test_token_logprobs_of_nothing_and_of_bfloat16() -> None:
     assert token_logprobs(logits, [1, 2], 3) == token_logprobs(logits.float(), [1, 2], 3)
 
 
-def test_no_rows_and_a_bad_candidate_count() -> None:
+def test_no_rows() -> None:
     assert Sampler().sample(torch.empty(0, 9), []) == []
-    with pytest.raises(ValueError, match="num_candidates"):
-        Sampler(num_candidates=0)

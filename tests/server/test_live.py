@@ -3,15 +3,10 @@
 import asyncio
 import contextlib
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -20,9 +15,8 @@ import uvicorn
 from nsa_http.app import create_app
 from nsa_http.http_protocol import MAX_HEADER_BYTES, make_protocol
 from nsa_http.state import ServerState
+from tests.e2e.process import Process, wait_until
 from tests.server.fake_engine import FakeEngine, make_state
-
-ROOT = Path(__file__).parents[2]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -184,48 +178,18 @@ async def test_huge_headers_are_refused(engine: FakeEngine, headers: bytes) -> N
         writer.close()
 
 
-class Process:
-    """A server process."""
-
-    def __init__(self, *flags: str) -> None:
-        path = os.pathsep.join(str(ROOT / name) for name in ("", "kernels", "server"))
-        self.popen = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "tests.server.live", *flags],
-            cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": path},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.log = ""
-
-    def wait_ready(self) -> str:
-        """Read the log up to the address and return it."""
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self.log += line
-            if match := re.search(r"ready on (\S+)", line):
-                return match[1]
-        raise AssertionError(self.log)
-
-    def wait_exit(self) -> int:
-        """Return the exit code; the rest of the log is in `log`."""
-        _, rest = self.popen.communicate(timeout=20)
-        self.log += rest
-        return self.popen.returncode
-
-
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., Process]]:
     processes: list[Process] = []
 
     def spawn(*flags: str) -> Process:
-        processes.append(Process("--port", "0", *flags))
+        command = ("-W", "error", "-m", "tests.server.live", "--port", "0", *flags)
+        processes.append(Process(*command))
         return processes[-1]
 
     yield spawn
     for process in processes:
-        process.popen.kill()
-        process.popen.communicate()
+        process.kill()
 
 
 def open_stream(url: str, prompt: str = "hi", max_tokens: int = 30) -> "urllib.request._UrlopenRet":
@@ -237,13 +201,11 @@ def open_stream(url: str, prompt: str = "hi", max_tokens: int = 30) -> "urllib.r
 
 def test_sigterm_drains_and_exits_0(spawn: Callable[..., Process]) -> None:
     process = spawn()
-    url = process.wait_ready()
+    url = process.wait_ready().url
     with open_stream(url) as response:
         assert b"data: " in response.readline()
         process.popen.send_signal(signal.SIGTERM)
-        for line in iter(process.popen.stderr.readline, ""):
-            if "draining 1 requests" in line:
-                break
+        wait_until(lambda: "draining 1 requests" in process.log)
         with pytest.raises(urllib.error.HTTPError) as caught:
             open_stream(url)
         assert caught.value.code == 503
@@ -261,12 +223,11 @@ def test_the_timeout_or_a_second_signal_ends_streams(
     spawn: Callable[..., Process], num_signals: int
 ) -> None:
     process = spawn("--shutdown-timeout", "0.1" if num_signals == 1 else "60")
-    with open_stream(process.wait_ready(), max_tokens=100) as response:
+    with open_stream(process.wait_ready().url, max_tokens=100) as response:
         response.readline()
         for _ in range(num_signals):
             process.popen.send_signal(signal.SIGINT)
-            while "draining" not in process.log:
-                process.log += process.popen.stderr.readline()
+            wait_until(lambda: "draining" in process.log)
         text = response.read().decode()
     assert '"code":503' in text
     assert text.endswith("data: [DONE]\n\n")
@@ -275,7 +236,7 @@ def test_the_timeout_or_a_second_signal_ends_streams(
 
 def test_a_dead_engine_ends_the_server_with_1(spawn: Callable[..., Process]) -> None:
     process = spawn()
-    with open_stream(process.wait_ready(), prompt="die") as response:
+    with open_stream(process.wait_ready().url, prompt="die") as response:
         text = response.read().decode()
     assert '"code":500' in text
     assert text.endswith("data: [DONE]\n\n")
@@ -286,7 +247,7 @@ def test_a_dead_engine_ends_the_server_with_1(spawn: Callable[..., Process]) -> 
 
 def test_a_taken_port_and_a_broken_model_fail_in_one_line(spawn: Callable[..., Process]) -> None:
     first = spawn()
-    port = first.wait_ready().rpartition(":")[2]
+    port = first.wait_ready().url.rpartition(":")[2]
     broken = spawn("--revision", "broken")
     taken = spawn("--port", port)
     assert taken.wait_exit() == 1
