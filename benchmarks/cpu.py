@@ -51,7 +51,7 @@ def run_nsa_serve(workload: dict[str, Any], num_threads: int, log_path: Path) ->
     try:
         first_answer_s = _wait_for_first_answer(url, server, start, log_path)
 
-        def wall(prompts: list[list[int]], output_len: int) -> float:
+        def run(prompts: list[list[int]], output_len: int) -> list[tuple[float, float]]:
             config = BenchConfig(
                 base_url=url,
                 num_prompts=len(prompts),
@@ -61,9 +61,9 @@ def run_nsa_serve(workload: dict[str, Any], num_threads: int, log_path: Path) ->
             result = asyncio.run(run_bench(config))
             if result.num_failed:
                 raise SystemExit(f"requests failed: {result.to_dict()['errors']}")
-            return result.duration_s
+            return [(record.ttft_s, record.e2el_s) for record in result.completed]
 
-        scenarios = measure(workload, wall)
+        scenarios = measure(workload, run)
     finally:
         server.terminate()
         server.wait(timeout=60)
@@ -92,7 +92,11 @@ def run_peer(python: str, script: str, arguments: list[str]) -> dict[str, Any]:
     done = subprocess.run(
         [python, str(PEERS / script), *arguments], stdout=subprocess.PIPE, text=True, check=True
     )
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    # Some engines still log to stdout after they are done.
+    lines = [line for line in done.stdout.splitlines() if line.startswith('{"versions"')]
+    if not lines:
+        raise SystemExit(f"{script} printed no result:\n{done.stdout[-2000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
     return result
 
 
@@ -159,6 +163,7 @@ def main() -> None:
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "machine": machine(),
+        "repeats": options.repeats,
         "num_threads": options.threads,
         "weight_bytes": weight_bytes,
         "read_bandwidth_bytes_per_s": read_bandwidth(options.threads),

@@ -26,14 +26,18 @@ def summarize(result: dict[str, Any], workload: dict[str, Any]) -> dict[str, Any
     summary: dict[str, Any] = {}
     for engine, measured in result["engines"].items():
         rows: dict[str, dict[str, float]] = {}
-        for name, times in measured["scenarios"].items():
+        for name, runs in measured["scenarios"].items():
             num_prompts, output_len = shapes[name]
-            first = statistics.median(times["t1"])
-            rows[name] = {"prefill_s": first}
-            if times["tn"]:
-                total = statistics.median(times["tn"])
-                rows[name]["decode_tokens_per_s"] = num_prompts * (output_len - 1) / (total - first)
-                rows[name]["total_tokens_per_s"] = num_prompts * output_len / total
+            rows[name] = {
+                "prefill_s": statistics.median(max(first for first, _ in run) for run in runs),
+                "total_tokens_per_s": statistics.median(
+                    num_prompts * output_len / max(last for _, last in run) for run in runs
+                ),
+            }
+            if output_len > 1:
+                rows[name]["decode_tokens_per_s"] = statistics.median(
+                    sum((output_len - 1) / (last - first) for first, last in run) for run in runs
+                )
         summary[engine] = rows
     return summary
 
@@ -56,8 +60,8 @@ def cpu_section(result: dict[str, Any]) -> str:
         "",
         "Same token ids, same dequantised bf16 weights, same threads, one engine after the other. "
         "nsa-serve is measured through its HTTP server, the others in their own process. "
-        "Prefix caching is off. Medians; prefill is the time to the first token, decode is "
-        "(tokens - 1) / (time of all - time of one).",
+        f"Prefix caching is off. Medians of {result['repeats']} runs; a prompt's time is that to "
+        "its first token, decode counts the tokens after it, summed over the streams.",
         "",
         "| | " + " | ".join(engines) + " |",
         "|---" * (len(engines) + 1) + "|",

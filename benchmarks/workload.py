@@ -37,8 +37,8 @@ def make_scenarios(tokenizer: Tokenizer) -> list[Scenario]:
         Scenario("concurrent_16", many, 129),
         Scenario("prompt_2048", [ids[:2048]], 1),
         Scenario("prompt_7000", [ids[:7000]], 1),
-        Scenario("context_1k", [ids[:1024]], 65),
-        Scenario("context_7k", [ids[:7000]], 65),
+        Scenario("context_1k", [ids[:1024]], 129),
+        Scenario("context_7k", [ids[:7000]], 129),
     ]
 
 

@@ -1,33 +1,34 @@
 """The measurement that all engines share. Standard library only: peers run in other environments.
 
-Wall time of a scenario with one token a prompt (t1) and with all its tokens (tn), repeated. From
-them: prefill = t1, decode tokens/s = prompts * (output_len - 1) / (tn - t1).
+A run gives, for each prompt, the seconds to its first token and to its last. Both come from the
+same run, so that the noise of a long prefill does not end up in the speed of decoding.
 """
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-Wall = Callable[[list[list[int]], int], float]
+# run(prompts, output_len) -> [(seconds to first token, seconds to last token) of each prompt]
+Run = Callable[[list[list[int]], int], list[tuple[float, float]]]
 
 
-def measure(workload: dict, wall: Wall) -> dict[str, dict[str, list[float]]]:
-    """Run every scenario; `wall(prompts, output_len)` returns seconds."""
+def measure(workload: dict[str, Any], run: Run) -> dict[str, list[list[tuple[float, float]]]]:
+    """Run every scenario `repeats` times after a short warm-up."""
     results = {}
-    wall(workload["scenarios"][0]["prompts"], 4)  # first-use costs
+    run(workload["scenarios"][0]["prompts"], 4)
     for scenario in workload["scenarios"]:
-        prompts, output_len = scenario["prompts"], scenario["output_len"]
-        times: dict[str, list[float]] = {"t1": [], "tn": []}
-        for _ in range(workload["repeats"]):
-            times["t1"].append(wall(prompts, 1))
-            if output_len > 1:
-                times["tn"].append(wall(prompts, output_len))
+        times = [
+            run(scenario["prompts"], scenario["output_len"]) for _ in range(workload["repeats"])
+        ]
         results[scenario["name"]] = times
-        print(scenario["name"], times, file=sys.stderr, flush=True)
+        shown = [f"{max(f for f, _ in t):.2f}/{max(e for _, e in t):.2f}" for t in times]
+        print(scenario["name"], *shown, file=sys.stderr, flush=True)
     return results
 
 
-def read_workload(path: str) -> dict:
+def read_workload(path: str) -> dict[str, Any]:
     """Read what `workload.write_workload` wrote."""
-    return json.loads(Path(path).read_text())
+    workload: dict[str, Any] = json.loads(Path(path).read_text())
+    return workload
