@@ -1,6 +1,7 @@
 """vLLM's CPU build on the exported weights: `vllm_cpu.py MODEL_FOLDER WORKLOAD THREADS`.
 
-Run it with the Python of an environment that has vLLM. It prints one line of JSON that begins with "versions".
+Run it with the Python of an environment that has vLLM. It prints one line of JSON that begins with
+"versions".
 """
 
 import json
