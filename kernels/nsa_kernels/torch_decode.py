@@ -31,9 +31,8 @@ def decode_branches(
         o_cmp, block_indices = _cmp(grouped, cache, plan, want_output=branches.cmp)
     if branches.slc:
         if block_indices is None:
-            bias = plan.token_bias.view(num_rows, 1, -1)
-            bias = bias.repeat_interleave(num_kv_heads, 0) if num_kv_heads > 1 else bias
-            o_slc = _attend_pages(grouped, cache, plan.page_rows, bias)
+            assert plan.dense_bias is not None
+            o_slc = _attend_pages(grouped, cache, plan.page_rows, plan.dense_bias)
         else:
             o_slc = _slc(grouped, cache, plan, block_indices)
     if branches.swa and plan.window_page_rows is not None and plan.window_bias is not None:
@@ -71,8 +70,9 @@ def _slc(q: Tensor, cache: LayerCache, plan: DecodePlan, block_indices: Tensor) 
     page_rows = plan.page_rows.index_select(0, (chosen + plan.block_row_base).flatten())
     bias = plan.token_bias.view(-1, plan.token_bias.shape[-1])
     bias = bias.index_select(0, (chosen + plan.bias_row_base).flatten())
-    if plan.num_pages < block_indices.shape[-1] or bool((block_indices < 0).any()):
-        bias = bias.masked_fill((block_indices < 0).view(-1, 1), MASKED)
+    absent = block_indices < 0
+    if bool(absent.any()):
+        bias = bias.masked_fill(absent.view(-1, 1), MASKED)
     return _attend_pages(q, cache, page_rows, bias.view(q.shape[0], 1, -1))
 
 

@@ -17,7 +17,7 @@ from nsa_kernels.spec import NSASpec
 
 # Finite, so that a row without a visible key stays finite through softmax; it is zeroed after.
 MASKED = -1e30
-# Queries of one tile: a multiple of every block size in use keeps a tile inside one query block.
+# Queries of one tile while all blocks are selected; after that a tile is the queries of one block.
 DENSE_TILE = 128
 
 IntArray = npt.NDArray[np.int64]
@@ -47,6 +47,7 @@ class DecodePlan:
     is_dense: bool
     page_rows: Tensor
     token_bias: Tensor
+    dense_bias: Tensor | None  # [B * H, 1, P * page_size], the same per head, when is_dense
     window_page_rows: Tensor | None
     window_bias: Tensor | None
     cmp_bias: Tensor | None  # [B * H, 1, P * E] fp32
@@ -251,12 +252,16 @@ def _plan_decode(
             table, positions, spec, num_kv_heads, dtype
         )
     row = torch.arange(num_rows)
+    token_bias = _bias(visible, dtype)
     return DecodePlan(
         num_rows=num_rows,
         num_pages=num_pages,
         is_dense=is_dense,
         page_rows=torch.from_numpy(_page_rows(table, num_kv_heads)).flatten(),
-        token_bias=_bias(visible, dtype).view(num_rows, num_pages, size),
+        token_bias=token_bias.view(num_rows, num_pages, size),
+        dense_bias=(
+            token_bias.repeat_interleave(num_kv_heads, 0).unsqueeze(1) if is_dense else None
+        ),
         window_page_rows=window_page_rows,
         window_bias=window_bias,
         cmp_bias=cmp_bias,
