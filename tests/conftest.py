@@ -1,11 +1,16 @@
-"""What every test shares: one torch thread, and tiny random checkpoints."""
+"""What every test shares: one torch thread, Triton's interpreter, and tiny random checkpoints."""
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Read when a kernel is decorated, so before any test imports one: kernels run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.util import write_checkpoint
 
@@ -24,6 +29,15 @@ _CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
         "head_dim": 20,
     },
 }
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", autouse=True)

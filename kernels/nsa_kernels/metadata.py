@@ -22,17 +22,68 @@ class LayerCache:
     k_cmp: [num_pages, H, E, D]; v_cmp: [num_pages, H, E, Dv]. Compressed window j is filed under
     the page in which its last token lies: flat entry e = j + l/d - 1 of the sequence is slot e % E
     of its page e // E.
+
+    A model with keys and values of its own for every branch keeps those of selection in k and v,
+    and has two more pairs, None where the branches share k and v:
+    k_swa, v_swa: [num_swa_pages, H, page_size, D or Dv], pages of the window branch.
+    k_tail, v_tail: [num_tail_slots, H, l, D or Dv], the last raw tokens of the compression branch:
+    token p of a sequence is entry p % l of its slot.
     """
 
     k: Tensor
     v: Tensor
     k_cmp: Tensor
     v_cmp: Tensor
+    k_swa: Tensor | None = None
+    v_swa: Tensor | None = None
+    k_tail: Tensor | None = None
+    v_tail: Tensor | None = None
 
     @property
     def page_size(self) -> int:
         """Tokens a page holds."""
         return self.k.shape[2]
+
+    @property
+    def window_kv(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the window branch."""
+        if self.k_swa is None or self.v_swa is None:
+            return self.k, self.v
+        return self.k_swa, self.v_swa
+
+
+@dataclass(frozen=True, slots=True)
+class BranchKV:
+    """This step's keys [T, H, D] and values [T, H, Dv] of the branches that do not share k and v.
+
+    k_cmp, v_cmp: what is compressed. k_swa, v_swa: what the sliding window attends to.
+    """
+
+    k_cmp: Tensor
+    v_cmp: Tensor
+    k_swa: Tensor
+    v_swa: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class BranchMetadata:
+    """What a step needs beside, when every branch has keys and values of its own.
+
+    swa_page_table: [B, P] int32, window pages by position // page_size; 0 where freed.
+    swa_slot_mapping: [T] int64. fresh_swa_pages: [F] int64, as `AttnMetadata.fresh_pages`.
+    tail_slots: [B] int32, the row's slot in k_tail and v_tail.
+    window_sources: [W, l] int64, the tokens of every window that closes: i < T is token i of the
+    step, T + slot * l + p % l is token p in the tail.
+    tail_tokens, tail_rows: [X] int64, step tokens to keep in the tail, and slot * l + p % l.
+    """
+
+    swa_page_table: Tensor
+    swa_slot_mapping: Tensor
+    fresh_swa_pages: Tensor
+    tail_slots: Tensor
+    window_sources: Tensor
+    tail_tokens: Tensor
+    tail_rows: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +101,7 @@ class AttnMetadata:
     cmp_slot_mapping: [W] int64, page * E + entry where each of them is filed.
     fresh_pages: [F] int64, pages that this step opens and leaves with unwritten entries. They are
     zeroed first: a masked key weighs 0, but 0 times a stale NaN would still be NaN.
+    branches: None when the branches share keys and values.
     """
 
     positions: Tensor
@@ -61,6 +113,7 @@ class AttnMetadata:
     cmp_slot_mapping: Tensor
     fresh_pages: Tensor
     num_decode_rows: int
+    branches: BranchMetadata | None = None
 
 
 def build_metadata(
@@ -70,28 +123,25 @@ def build_metadata(
     spec: NSASpec,
     *,
     num_decode_rows: int = 0,
+    swa_pages: Sequence[Sequence[int]] | None = None,
+    tail_slots: Sequence[int] | None = None,
 ) -> AttnMetadata:
     """Describe a step to the operators.
 
     pages[b]: the pages of row b, in order, enough for its tokens. starts[b]: tokens of row b that
     are in the cache already. query_lens[b]: tokens that this step adds, at least 1.
     num_decode_rows: rows at the front with exactly one query token.
+    swa_pages, tail_slots: window pages of each row (0 where freed) and its slot in the tail, for a
+    model whose branches have keys and values of their own.
 
-    Raises ValueError when a row's pages do not hold its tokens.
+    Raises ValueError when a row's pages do not hold its tokens, or one of swa_pages and tail_slots
+    is missing.
     """
     size = spec.block_size
     start = np.asarray(starts, dtype=np.int64)
     lens = np.asarray(query_lens, dtype=np.int64)
     seq_lens = start + lens
-    for row, (owned, length) in enumerate(zip(pages, seq_lens, strict=True)):
-        if len(owned) * size < length:
-            raise ValueError(
-                f"row {row} has {length} tokens but {len(owned)} pages of {size} tokens"
-            )
-    table = np.zeros((len(pages), max(int(-(-n // size)) for n in seq_lens)), dtype=np.int32)
-    for row, owned in enumerate(pages):
-        used = min(len(owned), table.shape[1])
-        table[row, :used] = owned[:used]
+    table = _page_table(pages, seq_lens, size)
     cu_seqlens = np.zeros(len(lens) + 1, dtype=np.int32)
     np.cumsum(lens, out=cu_seqlens[1:])
     token_row = np.repeat(np.arange(len(lens)), lens)
@@ -107,6 +157,32 @@ def build_metadata(
     left_open = positions // size == (seq_lens[token_row] - 1) // size
     # The first l/d - 1 compressed entries of a sequence do not exist.
     fresh = opens & (left_open | (positions == 0))
+    branches = None
+    if (swa_pages is None) != (tail_slots is None):
+        raise ValueError("swa_pages and tail_slots describe one cache: pass both or neither")
+    if swa_pages is not None and tail_slots is not None:
+        swa_table = _page_table(swa_pages, seq_lens, size)
+        slots = np.asarray(tail_slots, dtype=np.int64)
+        length = spec.cmp_len
+        row_start, row_token = start[window_row, None], cu_seqlens[window_row, None]
+        kept = positions >= seq_lens[token_row] - length
+        branches = BranchMetadata(
+            swa_page_table=torch.from_numpy(swa_table),
+            swa_slot_mapping=torch.from_numpy(_slots(swa_table, token_row, positions, size)),
+            fresh_swa_pages=torch.from_numpy(
+                swa_table[token_row[fresh], positions[fresh] // size].astype(np.int64)
+            ),
+            tail_slots=torch.from_numpy(slots.astype(np.int32)),
+            window_sources=torch.from_numpy(
+                np.where(
+                    window_positions >= row_start,
+                    window_positions - row_start + row_token,
+                    len(positions) + slots[window_row, None] * length + window_positions % length,
+                )
+            ),
+            tail_tokens=torch.from_numpy(np.flatnonzero(kept)),
+            tail_rows=torch.from_numpy(slots[token_row[kept]] * length + positions[kept] % length),
+        )
     return AttnMetadata(
         positions=torch.from_numpy(positions),
         slot_mapping=torch.from_numpy(_slots(table, token_row, positions, size)),
@@ -121,7 +197,26 @@ def build_metadata(
             table[token_row[fresh], positions[fresh] // size].astype(np.int64)
         ),
         num_decode_rows=num_decode_rows,
+        branches=branches,
     )
+
+
+def _page_table(
+    pages: Sequence[Sequence[int]],
+    seq_lens: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    page_size: int,
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.int32]]":
+    """Rows of pages as one [B, P] table, padded with the null page."""
+    for row, (owned, length) in enumerate(zip(pages, seq_lens, strict=True)):
+        if len(owned) * page_size < length:
+            raise ValueError(
+                f"row {row} has {length} tokens but {len(owned)} pages of {page_size} tokens"
+            )
+    table = np.zeros((len(pages), max(int(-(-n // page_size)) for n in seq_lens)), dtype=np.int32)
+    for row, owned in enumerate(pages):
+        used = min(len(owned), table.shape[1])
+        table[row, :used] = owned[:used]
+    return table
 
 
 def _slots(

@@ -32,11 +32,12 @@ def decode_branches(
     if branches.slc:
         if block_indices is None:
             assert plan.dense_bias is not None
-            o_slc = _attend_pages(grouped, cache, plan.page_rows, plan.dense_bias)
+            o_slc = _attend_pages(grouped, cache.k, cache.v, plan.page_rows, plan.dense_bias)
         else:
             o_slc = _slc(grouped, cache, plan, block_indices)
     if branches.swa and plan.window_page_rows is not None and plan.window_bias is not None:
-        o_swa = _attend_pages(grouped, cache, plan.window_page_rows, plan.window_bias)
+        keys, values = cache.window_kv
+        o_swa = _attend_pages(grouped, keys, values, plan.window_page_rows, plan.window_bias)
     shape = (num_rows, num_q_heads, cache.v.shape[3])
     outputs = tuple(None if o is None else o.view(shape) for o in (o_cmp, o_slc, o_swa))
     return (outputs[0], outputs[1], outputs[2]), block_indices
@@ -73,13 +74,13 @@ def _slc(q: Tensor, cache: LayerCache, plan: DecodePlan, block_indices: Tensor) 
     absent = block_indices < 0
     if bool(absent.any()):
         bias = bias.masked_fill(absent.view(-1, 1), MASKED)
-    return _attend_pages(q, cache, page_rows, bias.view(q.shape[0], 1, -1))
+    return _attend_pages(q, cache.k, cache.v, page_rows, bias.view(q.shape[0], 1, -1))
 
 
-def _attend_pages(q: Tensor, cache: LayerCache, page_rows: Tensor, bias: Tensor) -> Tensor:
+def _attend_pages(q: Tensor, k: Tensor, v: Tensor, page_rows: Tensor, bias: Tensor) -> Tensor:
     """Softmax attention of q [B * H, G, D] to the tokens of pages; bias [B * H, 1, tokens]."""
-    keys = _pages(cache.k, page_rows, q.shape[0])
-    values = _pages(cache.v, page_rows, q.shape[0])
+    keys = _pages(k, page_rows, q.shape[0])
+    values = _pages(v, page_rows, q.shape[0])
     scores = torch.baddbmm(bias, q, keys.transpose(1, 2))
     return torch.bmm(torch.softmax(scores, dim=-1), values)
 

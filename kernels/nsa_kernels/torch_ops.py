@@ -8,44 +8,80 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nsa_kernels.metadata import LayerCache
+from nsa_kernels.metadata import BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.torch_decode import decode_branches
-from nsa_kernels.torch_plan import TorchPlan
+from nsa_kernels.torch_plan import BranchPlan, TorchPlan
 from nsa_kernels.torch_prefill import prefill_chunk
 
 Gates = Tensor | tuple[float, float, float]
 
 
-def store_kv(k: Tensor, v: Tensor, cache: LayerCache, plan: TorchPlan) -> None:
+def store_kv(
+    k: Tensor, v: Tensor, branch_kv: BranchKV | None, cache: LayerCache, plan: TorchPlan
+) -> None:
     """Zero the pages that the step opens, then write keys [T, H, D] and values [T, H, Dv]."""
-    if len(plan.fresh_rows):
-        for tensor in (cache.k, cache.v, cache.k_cmp, cache.v_cmp):
-            tensor.view(-1, tensor.shape[2] * tensor.shape[3]).index_fill_(0, plan.fresh_rows, 0)
-    cache.k.view(-1, k.shape[-1]).index_copy_(0, plan.kv_rows, k.reshape(-1, k.shape[-1]))
-    cache.v.view(-1, v.shape[-1]).index_copy_(0, plan.kv_rows, v.reshape(-1, v.shape[-1]))
+    _zero_pages((cache.k, cache.v, cache.k_cmp, cache.v_cmp), plan.fresh_rows)
+    _write(k, cache.k, plan.kv_rows)
+    _write(v, cache.v, plan.kv_rows)
+    if branch_kv is not None and plan.separate is not None:
+        keys, values = cache.window_kv
+        _zero_pages((keys, values), plan.separate.fresh_rows)
+        _write(branch_kv.k_swa, keys, plan.separate.kv_rows)
+        _write(branch_kv.v_swa, values, plan.separate.kv_rows)
+
+
+def _zero_pages(caches: tuple[Tensor, ...], page_rows: Tensor) -> None:
+    if len(page_rows):
+        for tensor in caches:
+            tensor.view(-1, tensor.shape[2] * tensor.shape[3]).index_fill_(0, page_rows, 0)
+
+
+def _write(x: Tensor, cache: Tensor, token_rows: Tensor) -> None:
+    cache.view(-1, x.shape[-1]).index_copy_(0, token_rows, x.reshape(-1, x.shape[-1]))
 
 
 def compress_kv(
+    branch_kv: BranchKV | None,
     cache: LayerCache,
     plan: TorchPlan,
     cmp_len: int,
     compression: tuple[CompressionMLP, CompressionMLP] | None,
 ) -> None:
-    """Compress the windows that closed in this step, from the cached tokens, and file them.
+    """Compress the windows that closed in this step, and file them.
 
-    compression: the MLPs of keys and of values, or None for the mean.
+    compression: the MLPs of keys and of values, or None for the mean. branch_kv: raw tokens of the
+    compression branch where it does not share those of the cache; they also go to the tail.
     """
-    if not len(plan.cmp_rows):
-        return
-    for index, (raw, compressed) in enumerate(((cache.k, cache.k_cmp), (cache.v, cache.v_cmp))):
+    raws: tuple[Tensor, Tensor] = (cache.k, cache.v)
+    separate = plan.separate
+    if branch_kv is not None:
+        raws = (branch_kv.k_cmp, branch_kv.v_cmp)
+    tails = (cache.k_tail, cache.v_tail)
+    for index, compressed in enumerate((cache.k_cmp, cache.v_cmp)):
+        raw, tail = raws[index], tails[index]
         dim = raw.shape[-1]
-        windows = raw.view(-1, dim).index_select(0, plan.window_rows).view(-1, cmp_len, dim)
-        if compression is None:
-            entries = windows.mean(1, dtype=torch.float32).to(raw.dtype)
-        else:
-            entries = _mlp(windows, compression[index])
-        compressed.view(-1, dim).index_copy_(0, plan.cmp_rows, entries)
+        if len(plan.cmp_rows):
+            if separate is None or tail is None:
+                windows = raw.view(-1, dim).index_select(0, plan.window_rows)
+            else:
+                windows = _separate_windows(raw, tail, separate, cmp_len)
+            windows = windows.view(-1, cmp_len, dim)
+            if compression is None:
+                entries = windows.mean(1, dtype=torch.float32).to(raw.dtype)
+            else:
+                entries = _mlp(windows, compression[index])
+            compressed.view(-1, dim).index_copy_(0, plan.cmp_rows, entries)
+        if separate is not None and tail is not None:
+            _write(raw[separate.tail_tokens], tail, separate.tail_rows)
+
+
+def _separate_windows(raw: Tensor, tail: Tensor, plan: BranchPlan, cmp_len: int) -> Tensor:
+    """Windows whose tokens lie in the step's own [T, H, dim] or the tail: [W, H, l, dim]."""
+    heads, dim = raw.shape[1:]
+    tokens = torch.cat((raw, tail.transpose(1, 2).reshape(-1, heads, dim)))
+    windows = tokens.index_select(0, plan.window_tokens).view(-1, cmp_len, heads, dim)
+    return windows.transpose(1, 2).contiguous()
 
 
 def _mlp(windows: Tensor, mlp: CompressionMLP) -> Tensor:
@@ -65,12 +101,13 @@ def nsa_attention(
     cmp_len: int,
     softmax_scale: float,
     compression: tuple[CompressionMLP, CompressionMLP] | None = None,
+    branch_kv: BranchKV | None = None,
 ) -> Tensor:
     """Append this step's tokens to the cache and attend: [T, HQ, Dv]. See `ops.nsa_attention`."""
-    store_kv(k, v, cache, plan)
+    store_kv(k, v, branch_kv, cache, plan)
     branches = plan.branches
     if branches.cmp or branches.slc:
-        compress_kv(cache, plan, cmp_len, compression)
+        compress_kv(branch_kv, cache, plan, cmp_len, compression)
     q = q * softmax_scale
     if plan.decode is not None and not plan.chunks:
         outputs, _ = decode_branches(q, cache, plan.decode, branches)

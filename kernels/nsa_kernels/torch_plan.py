@@ -98,12 +98,34 @@ class TilePlan:
 
 @dataclass(frozen=True, slots=True)
 class ChunkPlan:
-    """One sequence's prefill chunk. page_rows: [H * P] page rows of its pages, head-major."""
+    """One sequence's prefill chunk.
+
+    page_rows: [H * P] page rows of its pages, head-major. swa_page_rows: the same of its window
+    pages, from logical page swa_first_page on; None when the window reads the same pages.
+    """
 
     page_rows: Tensor
     num_pages: int
+    swa_page_rows: Tensor | None
+    swa_first_page: int
     needs_cmp: bool
     tiles: list[TilePlan]
+
+
+@dataclass(frozen=True, slots=True)
+class BranchPlan:
+    """Rows of the caches that branches with keys and values of their own have beside.
+
+    fresh_rows, kv_rows: as in `TorchPlan`, of the window pages. window_tokens: [W * l] rows of
+    the step's tokens followed by the tail's. tail_tokens: [X] step tokens that the tail keeps,
+    tail_rows: [X * H] flat token rows that they go to.
+    """
+
+    fresh_rows: Tensor
+    kv_rows: Tensor
+    window_tokens: Tensor
+    tail_tokens: Tensor
+    tail_rows: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +133,7 @@ class TorchPlan:
     """One step for the PyTorch path.
 
     kv_rows [T * H], window_rows [W * H * l], cmp_rows [W * H]: flat token rows.
-    fresh_rows [F * H]: page rows to zero first.
+    fresh_rows [F * H]: page rows to zero first. separate: None when branches share K/V.
     """
 
     branches: Branches
@@ -121,6 +143,7 @@ class TorchPlan:
     cmp_rows: Tensor
     decode: DecodePlan | None
     chunks: list[ChunkPlan]
+    separate: BranchPlan | None
 
 
 def overlap_weights(spec: NSASpec) -> Tensor:
@@ -171,16 +194,22 @@ def plan_attention(
     """Plan one step for layers of `num_kv_heads` heads and activations of `dtype`."""
     branches = branches or Branches()
     table = meta.page_table.numpy().astype(np.int64)
+    swa_table = None
+    if meta.branches is not None:
+        swa_table = meta.branches.swa_page_table.numpy().astype(np.int64)
     seq_lens = meta.seq_lens.numpy().astype(np.int64)
     cu_seqlens = meta.cu_seqlens_q.tolist()
     decode = None
     if meta.num_decode_rows:
         rows = slice(0, meta.num_decode_rows)
-        decode = _plan_decode(table[rows], seq_lens[rows], spec, num_kv_heads, dtype, branches)
+        window_table = (table if swa_table is None else swa_table)[rows]
+        decode = _plan_decode(
+            table[rows], window_table, seq_lens[rows], spec, num_kv_heads, dtype, branches
+        )
     chunks = [
         _plan_chunk(
-            table[row], int(seq_lens[row]), cu_seqlens[row], cu_seqlens[row + 1],
-            spec, num_kv_heads, dtype, branches,
+            table[row], None if swa_table is None else swa_table[row], int(seq_lens[row]),
+            cu_seqlens[row], cu_seqlens[row + 1], spec, num_kv_heads, dtype, branches,
         )
         for row in range(meta.num_decode_rows, len(seq_lens))
     ]  # fmt: skip
@@ -197,6 +226,20 @@ def plan_attention(
         ).flatten(),
         decode=decode,
         chunks=chunks,
+        separate=_plan_separate(meta, spec, num_kv_heads),
+    )
+
+
+def _plan_separate(meta: AttnMetadata, spec: NSASpec, num_kv_heads: int) -> BranchPlan | None:
+    branches = meta.branches
+    if branches is None:
+        return None
+    return BranchPlan(
+        fresh_rows=_flat_rows(branches.fresh_swa_pages, num_kv_heads, 1).flatten(),
+        kv_rows=_flat_rows(branches.swa_slot_mapping, num_kv_heads, spec.block_size).flatten(),
+        window_tokens=branches.window_sources.flatten(),
+        tail_tokens=branches.tail_tokens,
+        tail_rows=_flat_rows(branches.tail_rows, num_kv_heads, spec.cmp_len).flatten(),
     )
 
 
@@ -227,6 +270,7 @@ def _cmp_visible(positions: IntArray, num_entries: int, spec: NSASpec) -> npt.ND
 
 def _plan_decode(
     table: IntArray,
+    window_table: IntArray,
     seq_lens: IntArray,
     spec: NSASpec,
     num_kv_heads: int,
@@ -249,7 +293,7 @@ def _plan_decode(
     window_page_rows = window_bias = None
     if branches.swa and spec.window_size > 0:
         window_page_rows, window_bias = _plan_decode_window(
-            table, positions, spec, num_kv_heads, dtype
+            window_table[:, :num_pages], positions, spec, num_kv_heads, dtype
         )
     row = torch.arange(num_rows)
     token_bias = _bias(visible, dtype)
@@ -298,6 +342,7 @@ def _plan_decode_window(
 
 def _plan_chunk(
     pages: IntArray,
+    swa_pages: IntArray | None,
     seq_len: int,
     start: int,
     stop: int,
@@ -315,9 +360,18 @@ def _plan_chunk(
         offset = start - first
         tiles.append(_plan_tile(position, end, offset, spec, dtype, branches))
         position = end
+    swa_first_page = max(0, first - spec.window_size + 1) // size
     return ChunkPlan(
         page_rows=torch.from_numpy(_page_rows(pages[:num_pages], num_kv_heads)).flatten(),
         num_pages=num_pages,
+        swa_page_rows=(
+            None
+            if swa_pages is None
+            else torch.from_numpy(
+                _page_rows(swa_pages[swa_first_page:num_pages], num_kv_heads)
+            ).flatten()
+        ),
+        swa_first_page=swa_first_page,
         needs_cmp=branches.cmp or any(tile.selection is not None for tile in tiles),
         tiles=tiles,
     )

@@ -17,16 +17,23 @@ class _Sequence:
 
     def __init__(self, cache: LayerCache, plan: ChunkPlan, *, want_cmp_output: bool) -> None:
         self.page_size = cache.page_size
-        self.k = _gather(cache.k, plan)
-        self.v = _gather(cache.v, plan)
-        self.k_cmp = _gather(cache.k_cmp, plan) if plan.needs_cmp else None
-        self.v_cmp = _gather(cache.v_cmp, plan) if want_cmp_output else None
+        self.k = _gather(cache.k, plan.page_rows)
+        self.v = _gather(cache.v, plan.page_rows)
+        self.k_cmp = _gather(cache.k_cmp, plan.page_rows) if plan.needs_cmp else None
+        self.v_cmp = _gather(cache.v_cmp, plan.page_rows) if want_cmp_output else None
+        # The window's keys, and the position of the first of them.
+        self.k_swa, self.v_swa, self.swa_start = self.k, self.v, 0
+        if plan.swa_page_rows is not None:
+            keys, values = cache.window_kv
+            self.k_swa = _gather(keys, plan.swa_page_rows)
+            self.v_swa = _gather(values, plan.swa_page_rows)
+            self.swa_start = plan.swa_first_page * cache.page_size
 
 
-def _gather(cache: Tensor, plan: ChunkPlan) -> Tensor:
+def _gather(cache: Tensor, page_rows: Tensor) -> Tensor:
     num_pages, num_kv_heads, tokens, dim = cache.shape
     flat = cache.view(num_pages * num_kv_heads, tokens * dim)
-    return flat.index_select(0, plan.page_rows).view(num_kv_heads, -1, dim)
+    return flat.index_select(0, page_rows).view(num_kv_heads, -1, dim)
 
 
 def prefill_chunk(
@@ -164,6 +171,6 @@ def _union(mask: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 def _window(q: Tensor, sequence: _Sequence, tile: TilePlan) -> Tensor:
     """Attend to the last `window_size` tokens."""
     assert tile.window_bias is not None
-    keys = slice(tile.window_start, tile.num_keys)
-    scores = _scores(q, sequence.k[:, keys]).add_(tile.window_bias)
-    return _weighted_sum(torch.softmax(scores, dim=-1), sequence.v[:, keys])
+    keys = slice(tile.window_start - sequence.swa_start, tile.num_keys - sequence.swa_start)
+    scores = _scores(q, sequence.k_swa[:, keys]).add_(tile.window_bias)
+    return _weighted_sum(torch.softmax(scores, dim=-1), sequence.v_swa[:, keys])

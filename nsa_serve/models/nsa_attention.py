@@ -3,7 +3,6 @@
 T tokens of the step, HQ/H query and KV heads, D and Dv dimensions of keys and values.
 """
 
-import torch
 from torch import Tensor, nn
 
 from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache, nsa_attention
@@ -55,7 +54,7 @@ class NSAAttention(nn.Module):
         if self.gate_constant is not None:
             gates = self.gate_constant
         else:
-            gates = torch.sigmoid(fused[:, qk_width + v_width :].unflatten(-1, (num_q_heads, 3)))
+            gates = fused[:, qk_width + v_width :].unflatten(-1, (num_q_heads, 3))
         o = nsa_attention(
             qk[:, :num_q_heads],
             qk[:, num_q_heads:],
@@ -66,5 +65,6 @@ class NSAAttention(nn.Module):
             self.spec,
             softmax_scale=self.softmax_scale,
             compression=self.compression,
+            sigmoid_gates=self.gate_constant is None,
         )
         return self.out.plus(o.reshape(num_tokens, num_q_heads * v_head_dim), residual)

@@ -70,8 +70,10 @@ class NSATransformer(nn.Module):
         return plan_attention(
             meta,
             self.config.nsa,
+            num_q_heads=self.config.num_q_heads,
             num_kv_heads=self.config.num_kv_heads,
             dtype=self.dtype,
+            device=self.embedding.device,
             branches=self.branches,
         )
 

@@ -1,193 +1,14 @@
 """The paged operators against the fp32 specification, over ugly sizes and every dialect."""
 
 import itertools
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor
 
-from nsa_kernels import reference
-from nsa_kernels.metadata import LayerCache, build_metadata
-from nsa_kernels.ops import Branches, CompressionMLP, nsa_attention, plan_attention
+from nsa_kernels.metadata import build_metadata
+from nsa_kernels.ops import Branches
 from nsa_kernels.spec import NSASpec
-
-# Both sides compute in fp32; they differ in summation order over at most a few thousand terms.
-FP32_TOLERANCE = 2e-5
-
-PAPER = NSASpec(num_selected_blocks=4, window_size=96)
-FLA = NSASpec(cmp_len=16, cmp_stride=16, block_size=16, num_selected_blocks=4, window_size=24)
-LEGACY = NSASpec(
-    cmp_len=8,
-    cmp_stride=8,
-    block_size=8,
-    num_selected_blocks=8,
-    num_init_blocks=0,
-    num_local_blocks=1,
-    window_size=13,
-    selection="fla_legacy",
-)
-ODD = NSASpec(
-    cmp_len=12,
-    cmp_stride=4,
-    block_size=12,
-    num_selected_blocks=3,
-    num_init_blocks=0,
-    num_local_blocks=2,
-    window_size=1,
-)
-NO_WINDOW = NSASpec(cmp_len=16, cmp_stride=8, block_size=32, num_selected_blocks=5, window_size=0)
-MAX_POOL = NSASpec(num_selected_blocks=4, window_size=0, score_map="max_pool")
-SPECS = {
-    "paper": PAPER,
-    "fla": FLA,
-    "legacy": LEGACY,
-    "odd": ODD,
-    "no_window": NO_WINDOW,
-    "max_pool": MAX_POOL,
-}
-
-
-@dataclass
-class Problem:
-    """Sequences with their keys in scattered pages of a cache that starts out as NaN."""
-
-    spec: NSASpec
-    q: list[Tensor]
-    k: list[Tensor]
-    v: list[Tensor]
-    gates: list[Tensor]
-    cache: LayerCache
-    pages: list[list[int]]
-    mlps: tuple[CompressionMLP, CompressionMLP] | None
-    softmax_scale: float
-
-    def run(
-        self,
-        starts: list[int],
-        query_lens: list[int],
-        *,
-        rows: list[int] | None = None,
-        num_decode_rows: int = 0,
-        branches: Branches | None = None,
-        gates: tuple[float, float, float] | None = None,
-    ) -> list[Tensor]:
-        """Run one step that adds tokens [start, start + query_len) of the rows."""
-        rows = list(range(len(self.q))) if rows is None else rows
-        meta = build_metadata(
-            [self.pages[row] for row in rows],
-            starts,
-            query_lens,
-            self.spec,
-            num_decode_rows=num_decode_rows,
-        )
-        heads = self.k[0].shape[1]
-        plan = plan_attention(
-            meta, self.spec, num_kv_heads=heads, dtype=self.cache.k.dtype, branches=branches
-        )
-        parts = list(zip(rows, starts, query_lens, strict=True))
-
-        def step(tensors: list[Tensor]) -> Tensor:
-            joined = torch.cat([tensors[row][a : a + n] for row, a, n in parts])
-            return joined.to(self.cache.k.dtype)
-
-        output = nsa_attention(
-            step(self.q),
-            step(self.k),
-            step(self.v),
-            gates or step(self.gates),
-            self.cache,
-            plan,
-            self.spec,
-            softmax_scale=self.softmax_scale,
-            compression=self.mlps,
-        )
-        return list(output.split(query_lens))
-
-    def expected(self, row: int, start: int, stop: int, gates: Tensor | None = None) -> Tensor:
-        """The specification's rows [start, stop) of one sequence."""
-        k, v = self.k[row][:stop], self.v[row][:stop]
-        if self.mlps is None:
-            k_cmp = reference.compress_mean(k, self.spec)
-            v_cmp = reference.compress_mean(v, self.spec)
-        else:
-            k_cmp = reference.compress_mlp(k, self.spec, self.mlps[0])
-            v_cmp = reference.compress_mlp(v, self.spec, self.mlps[1])
-        return reference.nsa_attention(
-            self.q[row][start:stop],
-            k,
-            v,
-            k_cmp,
-            v_cmp,
-            self.gates[row][start:stop] if gates is None else gates,
-            torch.arange(start, stop),
-            self.spec,
-            softmax_scale=self.softmax_scale,
-        )
-
-
-def make_problem(
-    spec: NSASpec,
-    lengths: list[int],
-    *,
-    heads: int = 2,
-    group: int = 3,
-    dim: int = 16,
-    v_dim: int = 16,
-    dtype: torch.dtype = torch.float32,
-    mlp: bool = False,
-    seed: int = 0,
-) -> Problem:
-    """Random sequences; the pages of all of them are shuffled together."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).float()
-
-    size, entries = spec.block_size, spec.cmp_entries_per_page
-    counts = [-(-length // size) for length in lengths]
-    num_pages = sum(counts) + 3
-    shuffled = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()
-    pages = [[shuffled.pop() for _ in range(count)] for count in counts]
-
-    def poisoned(tokens: int, width: int) -> Tensor:
-        cache = torch.full((num_pages, heads, tokens, width), torch.nan, dtype=dtype)
-        cache[0] = 0  # the null page is readable
-        return cache
-
-    cache = LayerCache(
-        poisoned(size, dim), poisoned(size, v_dim), poisoned(entries, dim), poisoned(entries, v_dim)
-    )
-    mlps = None
-    if mlp:
-        mlps = tuple(
-            CompressionMLP(
-                randn(spec.cmp_len, width),
-                randn(24, spec.cmp_len * width) * 0.2,
-                randn(24),
-                randn(width, 24) * 0.2,
-                randn(width),
-            )
-            for width in (dim, v_dim)
-        )
-    return Problem(
-        spec=spec,
-        q=[randn(n, heads * group, dim) * 2 for n in lengths],
-        k=[randn(n, heads, dim) for n in lengths],
-        v=[randn(n, heads, v_dim) for n in lengths],
-        gates=[torch.sigmoid(randn(n, heads * group, 3)) for n in lengths],
-        cache=cache,
-        pages=pages,
-        mlps=mlps,
-        softmax_scale=dim**-0.5,
-    )
-
-
-def assert_close(actual: Tensor, expected: Tensor, tolerance: float = FP32_TOLERANCE) -> None:
-    """Relative error of the whole tensor, which also fails on NaN."""
-    assert actual.shape == expected.shape
-    error = (actual.float() - expected).norm() / expected.norm().clamp(min=1e-6)
-    assert error <= tolerance, f"relative error {error:.3g} > {tolerance}"
+from tests.kernels.problem import FLA, PAPER, SPECS, assert_close, make_problem
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -252,6 +73,35 @@ def test_learned_compression(name: str) -> None:
     outputs = problem.run([129], [100])
     assert_close(outputs[0], problem.expected(0, 129, 229))
     assert_close(problem.run([229], [1], num_decode_rows=1)[0], problem.expected(0, 229, 230))
+
+
+@pytest.mark.parametrize("name", ["paper", "fla", "odd"])
+@pytest.mark.parametrize("mlp", [False, True])
+def test_branches_with_keys_of_their_own(name: str, mlp: bool) -> None:
+    spec = SPECS[name]
+    problem = make_problem(spec, [230, 57], mlp=mlp, separate=True)
+    problem.run([0, 0], [129, 30])
+    outputs = problem.run([30, 129], [20, 99], rows=[1, 0])
+    assert_close(outputs[0], problem.expected(1, 30, 50))
+    assert_close(outputs[1], problem.expected(0, 129, 228))
+    for step in range(2):
+        outputs = problem.run([50 + step, 228 + step], [1, 1], rows=[1, 0], num_decode_rows=2)
+        assert_close(outputs[0], problem.expected(1, 50 + step, 51 + step))
+        assert_close(outputs[1], problem.expected(0, 228 + step, 229 + step))
+
+
+def test_gate_logits_pass_through_the_sigmoid() -> None:
+    problem = make_problem(PAPER, [90])
+    assert_close(problem.run([0], [90], gate_logits=True)[0], problem.expected(0, 0, 90))
+
+
+def test_branch_keys_without_a_cache_for_them_are_refused() -> None:
+    problem = make_problem(FLA, [20], separate=True)
+    shared = make_problem(FLA, [20])
+    problem.cache = shared.cache
+    problem.k_swa = problem.k
+    with pytest.raises(ValueError, match="both or neither"):
+        build_metadata([[1, 2]], [0], [20], FLA, swa_pages=[[1, 2]])
 
 
 CONSTANT_GATES = [g for g in itertools.product((0.0, 1.0, 0.5), repeat=3) if any(g)][::4]

@@ -1,0 +1,61 @@
+"""What the Triton kernels share: tile shapes that must agree between kernels, and their limits."""
+
+import torch
+import triton
+
+from nsa_kernels.spec import NSASpec
+
+# exp2 is the hardware's exponential: scores are scaled by log2(e), and every log-sum-exp that
+# kernels exchange ("lse2") is in base 2.
+LOG2E = 1.4426950408889634
+
+# (token, head) pairs of one prefill tile: the height of a Hopper matrix instruction, twice.
+PREFILL_ROWS = 128
+
+# Bound of each of the two prefill workspaces, block scores and partial outputs. A prefill runs in
+# sub-chunks of tokens that stay under it; one tile of tokens is the least.
+WORKSPACE_BYTES = 512 << 20
+
+
+def block_h(group_size: int) -> int:
+    """Query heads of a group, padded to a power of two for the tile shapes."""
+    return int(triton.next_power_of_2(group_size))
+
+
+def prefill_block_q(group_size: int) -> int:
+    """Tokens of one prefill tile, so that tokens x padded heads fill PREFILL_ROWS."""
+    return max(1, PREFILL_ROWS // block_h(group_size))
+
+
+def score_tile_entries(entries_per_page: int) -> int:
+    """Flat compressed entries of one score tile; a multiple of the entries of two pages."""
+    return max(64, 2 * entries_per_page)
+
+
+def score_unit_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of prefill's score units, for queries of `dtype`: 11 bits keep bf16's order."""
+    return torch.float32 if dtype == torch.float32 else torch.float16
+
+
+def score_bytes_per_token(
+    num_q_heads: int, num_score_tiles: int, dtype: torch.dtype, spec: NSASpec
+) -> int:
+    """Bytes of score workspace (units, spill, tile maximum) that one prefill token needs."""
+    tile_entries = score_tile_entries(spec.cmp_entries_per_page)
+    units = tile_entries
+    if spec.score_map == "overlap":
+        units //= spec.cmp_entries_per_page
+    return num_q_heads * num_score_tiles * (units * score_unit_dtype(dtype).itemsize + 8)
+
+
+def check_geometry(spec: NSASpec) -> None:
+    """Raise ValueError for a geometry that the kernels cannot tile."""
+    for name in ("block_size", "cmp_stride"):
+        value = getattr(spec, name)
+        if value & (value - 1):
+            raise ValueError(
+                f"{name} must be a power of two on a GPU, got {value}; "
+                "use device cpu for this model"
+            )
+    if spec.block_size > 128:
+        raise ValueError(f"block_size must be at most 128 on a GPU, got {spec.block_size}")

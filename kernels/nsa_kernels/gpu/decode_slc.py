@@ -1,0 +1,917 @@
+"""Decode's second and last kernel: selected blocks, sliding window and the gated combination.
+
+Nd decode rows of one token, HQ query heads, H KV heads, G = HQ // H, D and Dv dimensions of keys
+and values, S = num_selected_blocks, P pages of the longest row. "lse2" is log2(sum(2 ** s2)) of
+scores in base 2, -inf where nothing is visible.
+
+One program per (share of the work, group of query heads, row); the last one to finish a group
+combines what all of them left in a workspace. Shares are of three kinds:
+  cmp  merge the partial outputs of the compression branch, a few heads each;
+  slc  attend to a share of the selected blocks, those that lie inside the window left out;
+  swa  attend to a share of the window's pages; where the branches share keys, a page that is
+       selected too feeds a second softmax from the same scores.
+So every page is read once, and which share reads it is known without comparing the selection with
+the window. The block at the window's edge is the exception: both kinds read their part of it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.checks import check_shape
+from nsa_kernels.gpu.common import LOG2E
+from nsa_kernels.metadata import LayerCache
+from nsa_kernels.spec import NSASpec
+from nsa_kernels.torch_ops import Gates
+from nsa_kernels.torch_plan import Branches
+
+# A share of fewer tiles spends more on being merged than it saves; this many are in flight at once.
+_MIN_SHARE_TILES = 2
+# Most shares of one kind: the merge reads all of them in one program.
+_MAX_SPLITS = 16
+# Compression partials up to this many are merged by the last program, not by programs of their own.
+_MAX_FOLDED_CMP_SPLITS = 4
+# Partial rows (head, split) of the compression branch that one program merges: at least so many
+# while there are programs to spare, at most so many before some are taken from the attention.
+_MIN_CMP_ROWS, _MAX_CMP_ROWS = 32, 128
+# Registers of a thread with which three programs of 128 threads share a multiprocessor.
+_REGISTERS = 168
+# Running maximum before anything was seen: lower than any score, and finite, so that the difference
+# to a masked score of -inf is not NaN.
+NEVER = tl.constexpr(-1e30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSlcConfig:
+    """How the work of a row and KV head is cut; any values give the same result.
+
+    slc_splits, swa_splits: shares of the selected blocks and of the window.
+    cmp_programs: programs that merge the compression branch, 0 = the last program does.
+    head_tile: query heads of a group that a program computes, a power of two.
+    block_n: tokens of a tile, a power of two of at least 16.
+    tiles_in_flight: tiles that a program loads ahead. max_registers: of a thread, None = any.
+    """
+
+    slc_splits: int
+    swa_splits: int
+    cmp_programs: int
+    head_tile: int
+    block_n: int
+    num_warps: int
+    tiles_in_flight: int
+    max_registers: int | None
+
+
+def default_config(
+    num_rows: int,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    v_head_dim: int,
+    num_cmp_splits: int,
+    dtype: torch.dtype,
+    spec: NSASpec,
+    num_sms: int,
+) -> DecodeSlcConfig:
+    """Choose from shapes alone, so that a captured graph stays right as contexts grow."""
+    is_fp32 = dtype == torch.float32
+    block_n = 32 if is_fp32 else 64
+    slc_tiles = triton.cdiv(spec.num_selected_blocks * spec.block_size, block_n)
+    swa_tiles = triton.cdiv(_window_pages(spec) * spec.block_size, block_n)
+    num_groups = max(num_rows * num_kv_heads, 1)
+    head_tile = min(int(triton.next_power_of_2(num_q_heads // num_kv_heads)), 32)
+    # With multiprocessors to spare, halve the merge: both halves of the heads read the same pages,
+    # once from memory and once from the cache.
+    finest = triton.cdiv(slc_tiles + swa_tiles, _MIN_SHARE_TILES)
+    if head_tile == 16 and 2 * num_groups * finest <= num_sms:
+        head_tile = 8
+    num_groups *= triton.cdiv(num_q_heads // num_kv_heads, head_tile)
+
+    small = head_tile <= 16 and max(head_dim, v_head_dim) <= 128 and not is_fp32
+    programs = (3 if small else 2) * num_sms // num_groups
+    cmp_rows = num_cmp_splits * head_tile
+    cmp_programs = 0
+    if num_cmp_splits > _MAX_FOLDED_CMP_SPLITS:
+        cmp_programs = min(triton.cdiv(cmp_rows, _MAX_CMP_ROWS), programs // 4)
+    share = _MIN_SHARE_TILES  # tiles
+    while True:
+        slc_splits, swa_splits = triton.cdiv(slc_tiles, share), triton.cdiv(swa_tiles, share)
+        fits = slc_splits + swa_splits + cmp_programs <= programs
+        if share >= max(slc_tiles, swa_tiles) or (
+            fits and max(slc_splits, swa_splits) <= _MAX_SPLITS
+        ):
+            break
+        share += 1
+    if cmp_programs:
+        spare = min(programs - slc_splits - swa_splits, cmp_rows // _MIN_CMP_ROWS)
+        while cmp_programs * 2 <= min(spare, head_tile):
+            cmp_programs *= 2
+    return DecodeSlcConfig(
+        slc_splits=max(slc_splits, 1),
+        swa_splits=max(swa_splits, 1),
+        cmp_programs=int(triton.next_power_of_2(cmp_programs)) if cmp_programs else 0,
+        head_tile=head_tile,
+        block_n=block_n,
+        num_warps=4,
+        tiles_in_flight=2,
+        max_registers=_REGISTERS if small else None,
+    )
+
+
+def decode_slc(
+    q: Tensor,
+    gates: Gates,
+    cache: LayerCache,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    spec: NSASpec,
+    *,
+    softmax_scale: float,
+    counters: Tensor,
+    num_sms: int,
+    branches: Branches,
+    block_indices: Tensor | None = None,
+    block_pages: Tensor | None = None,
+    o_part: Tensor | None = None,
+    lse2_part: Tensor | None = None,
+    swa_page_table: Tensor | None = None,
+    sigmoid_gates: bool = False,
+    out: Tensor | None = None,
+    config: DecodeSlcConfig | None = None,
+    launch_pdl: bool = False,
+    check: bool = False,
+) -> Tensor:
+    """Attend to selected blocks and the window, add the compression branch: [Nd, HQ, Dv].
+
+    out = g_cmp * o_cmp + g_slc * o_slc + g_swa * o_swa (paper, Eq. 5 and 12), zeros for a padding
+    row. A branch that is off in `branches`, or a window of 0, contributes nothing.
+
+    q: [Nd, HQ, D], any strides but the last. gates: [Nd, HQ, 3] likewise, logits when
+    `sigmoid_gates`, or three constants, which are used as they are.
+    seq_lens: [Nd or more] int32 with this step's token, which is in the cache already; 0 = padding.
+    page_table: [Nd or more, P] int32; swa_page_table: the same for the window's own pages, needed
+    when `cache` has keys of their own for the window.
+    block_indices: [Nd, H, S] int32, distinct blocks in any order, -1 for "none"; block_pages: their
+    pages, anything for "none". Needed when `branches.slc`.
+    o_part: [Nd, HQ, C, Dv] fp32, outputs of the compression branch, each normalised over its share
+    of the context; lse2_part: [Nd, HQ, C] fp32, -inf for an empty share, whose output may be
+    unwritten. Needed when `branches.cmp`.
+    counters: int32 zeros, at least Nd * H * ceil(G / head_tile) of them (Nd * HQ always suffice);
+    they are zero again afterwards. num_sms: multiprocessors of the device.
+    out: contiguous, of q's dtype. config: overrides `default_config`. launch_pdl: start while the
+    kernel before is still running, and wait for it on the device. check: assert page ids in range.
+
+    Raises ValueError when shapes do not fit.
+    """
+    num_rows, num_q_heads, head_dim = q.shape
+    num_pages, num_kv_heads, block_size, _ = cache.k.shape
+    v_head_dim = cache.v.shape[3]
+    group_size = num_q_heads // num_kv_heads
+    num_selected = spec.num_selected_blocks
+    with_slc, with_swa = branches.slc, branches.swa and spec.window_size > 0
+    check_shape("cache.k", cache.k, (num_pages, num_kv_heads, spec.block_size, head_dim))
+    if isinstance(gates, Tensor):
+        check_shape("gates", gates, (num_rows, num_q_heads, 3))
+    if with_slc:
+        if block_indices is None or block_pages is None:
+            raise ValueError("block_indices and block_pages are needed when branches.slc is on")
+        check_shape("block_indices", block_indices, (num_rows, num_kv_heads, num_selected))
+        check_shape("block_pages", block_pages, (num_rows, num_kv_heads, num_selected))
+    num_cmp_splits = 0
+    if branches.cmp:
+        if o_part is None or lse2_part is None:
+            raise ValueError("o_part and lse2_part are needed when branches.cmp is on")
+        num_cmp_splits = o_part.shape[2]
+        check_shape("o_part", o_part, (num_rows, num_q_heads, num_cmp_splits, v_head_dim))
+        check_shape("lse2_part", lse2_part, (num_rows, num_q_heads, num_cmp_splits))
+    k_swa, v_swa = cache.window_kv
+    shared = k_swa is cache.k
+    if not shared and swa_page_table is None:
+        raise ValueError("swa_page_table is needed when the window has keys of its own")
+    window_table = page_table if swa_page_table is None else swa_page_table
+    if out is None:
+        out = torch.empty((num_rows, num_q_heads, v_head_dim), dtype=q.dtype, device=q.device)
+    check_shape("out", out, (num_rows, num_q_heads, v_head_dim))
+    if not out.is_contiguous():
+        raise ValueError(f"out must be contiguous, got strides {out.stride()}")
+    if num_rows == 0:
+        return out
+
+    if config is None:
+        config = default_config(
+            num_rows,
+            num_q_heads,
+            num_kv_heads,
+            head_dim,
+            v_head_dim,
+            num_cmp_splits,
+            q.dtype,
+            spec,
+            num_sms,
+        )
+    head_tile = min(config.head_tile, int(triton.next_power_of_2(group_size)))
+    head_tiles = triton.cdiv(group_size, head_tile)
+    if counters.numel() < num_rows * num_kv_heads * head_tiles:
+        raise ValueError(
+            f"counters must hold {num_rows * num_kv_heads * head_tiles} values, "
+            f"got {counters.numel()}"
+        )
+    block_n = config.block_n
+    slc_tiles = triton.cdiv(num_selected * block_size, block_n)
+    swa_tiles = triton.cdiv(_window_pages(spec) * block_size, block_n)
+    slc_splits = min(config.slc_splits, slc_tiles) if with_slc else 0
+    swa_splits = min(config.swa_splits, swa_tiles) if with_swa else 0
+    cmp_programs = min(config.cmp_programs, head_tile) if branches.cmp else 0
+    if not slc_splits and not swa_splits:
+        cmp_programs = max(cmp_programs, 1)  # someone has to write the output
+    shared_kv = with_slc and with_swa and shared
+    num_slots = slc_splits + swa_splits * (1 + shared_kv)
+    workspace = torch.empty(
+        num_rows * num_q_heads * (num_slots * (v_head_dim + 1) + v_head_dim),
+        dtype=torch.float32,
+        device=q.device,
+    )
+    # Where a tile spans pages, their ids are loaded ahead too, and take every other stage.
+    num_stages = 1 + config.tiles_in_flight * (1 if block_n <= block_size else 2)
+    gate_values = (None, None, None) if isinstance(gates, Tensor) else gates
+    gate_tensor = gates if isinstance(gates, Tensor) else None
+    _decode_slc_kernel[
+        (cmp_programs + slc_splits + swa_splits, num_kv_heads * head_tiles, num_rows)
+    ](
+        q,
+        gate_tensor,
+        cache.k,
+        cache.v,
+        k_swa,
+        v_swa,
+        seq_lens,
+        window_table,
+        block_indices,
+        block_pages,
+        o_part,
+        lse2_part,
+        workspace,
+        counters,
+        out,
+        q.stride(0),
+        q.stride(1),
+        0 if gate_tensor is None else gate_tensor.stride(0),
+        0 if gate_tensor is None else gate_tensor.stride(1),
+        *gate_values,
+        softmax_scale * LOG2E,
+        num_pages,
+        k_swa.shape[0],
+        window_table.stride(0),
+        NUM_Q_HEADS=num_q_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP_SIZE=group_size,
+        HEAD_TILE=head_tile,
+        HEAD_DIM=head_dim,
+        V_HEAD_DIM=v_head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
+        BLOCK_SIZE=block_size,
+        NUM_SELECTED=num_selected,
+        WINDOW_SIZE=spec.window_size,
+        WITH_CMP=branches.cmp,
+        SHARED=shared_kv,
+        SIGMOID_GATES=sigmoid_gates,
+        CMP_SPLITS=num_cmp_splits,
+        CMP_PROGRAMS=cmp_programs,
+        SLC_SPLITS=slc_splits,
+        SWA_SPLITS=swa_splits,
+        SLC_TILES=triton.cdiv(slc_tiles, max(slc_splits, 1)),
+        SWA_TILES=triton.cdiv(swa_tiles, max(swa_splits, 1)),
+        BLOCK_N=block_n,
+        CHECK=check,
+        USE_PDL=launch_pdl,
+        num_warps=config.num_warps,
+        num_stages=num_stages,
+        maxnreg=config.max_registers,
+        debug=check,
+        **({"launch_pdl": True} if launch_pdl else {}),
+    )
+    return out
+
+
+def _window_pages(spec: NSASpec) -> int:
+    """Most pages that a window touches."""
+    if spec.window_size == 0:
+        return 0
+    return (spec.window_size + spec.block_size - 2) // spec.block_size + 1
+
+
+@triton.jit
+def _decode_slc_kernel(
+    q_ptr,  # [Nd, HQ, D]
+    gates_ptr,  # [Nd, HQ, 3] or None
+    k_ptr,  # [num_pages, H, BLOCK_SIZE, D]
+    v_ptr,
+    k_swa_ptr,  # the same as k_ptr where branches share keys
+    v_swa_ptr,
+    seq_lens_ptr,
+    window_table_ptr,
+    block_indices_ptr,  # [Nd, H, S]
+    block_pages_ptr,
+    cmp_o_ptr,  # [Nd, HQ, CMP_SPLITS, Dv]
+    cmp_lse_ptr,
+    workspace_ptr,
+    counters_ptr,
+    out_ptr,
+    stride_qt,
+    stride_qh,
+    stride_gt,
+    stride_gh,
+    gate_cmp,
+    gate_slc,
+    gate_swa,
+    qk_scale,
+    num_pages,
+    num_swa_pages,
+    table_width,
+    NUM_Q_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_TILE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    WITH_CMP: tl.constexpr,
+    SHARED: tl.constexpr,
+    SIGMOID_GATES: tl.constexpr,
+    CMP_SPLITS: tl.constexpr,
+    CMP_PROGRAMS: tl.constexpr,
+    SLC_SPLITS: tl.constexpr,
+    SWA_SPLITS: tl.constexpr,
+    SLC_TILES: tl.constexpr,
+    SWA_TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    # Slots of a head's partial outputs: slc shares, what swa shares saw of selected blocks, swa.
+    SLC_SLOTS: tl.constexpr = SLC_SPLITS + SWA_SPLITS * SHARED
+    NUM_SLOTS: tl.constexpr = SLC_SLOTS + SWA_SPLITS
+    NUM_PROGRAMS: tl.constexpr = CMP_PROGRAMS + SLC_SPLITS + SWA_SPLITS
+    HEAD_TILES: tl.constexpr = (GROUP_SIZE + HEAD_TILE - 1) // HEAD_TILE
+    if USE_PDL:
+        tl.extra.cuda.gdc_wait()
+    role = tl.program_id(0)
+    kv_head = tl.program_id(1) // HEAD_TILES
+    head_start = tl.program_id(1) % HEAD_TILES * HEAD_TILE
+    row = tl.program_id(2).to(tl.int64)
+    first_head = row * NUM_Q_HEADS + kv_head * GROUP_SIZE  # of [Nd, HQ]
+    num_heads = tl.num_programs(2).to(tl.int64) * NUM_Q_HEADS
+    lse_ptr = workspace_ptr + num_heads * (NUM_SLOTS * V_HEAD_DIM)
+    cmp_merged_ptr = lse_ptr + num_heads * NUM_SLOTS
+    offs_dv = tl.arange(0, BLOCK_DV)
+    mask_dv = offs_dv < V_HEAD_DIM
+
+    offs_h = head_start + tl.arange(0, HEAD_TILE)
+    mask_h = offs_h < GROUP_SIZE
+    out_ptrs = out_ptr + (first_head + offs_h)[:, None] * V_HEAD_DIM + offs_dv[None, :]
+    mask_out = mask_h[:, None] & mask_dv[None, :]
+    seq_len = tl.load(seq_lens_ptr + row)
+    ROWS: tl.constexpr = max(HEAD_TILE, 16)
+    offs_m = tl.arange(0, ROWS)
+    mask_m = (offs_m < HEAD_TILE) & (head_start + offs_m < GROUP_SIZE)
+    q_ptrs = q_ptr + row * stride_qt + (kv_head * GROUP_SIZE + head_start) * stride_qh
+    q_ptrs += offs_m[:, None] * stride_qh + tl.arange(0, BLOCK_D)[None, :]
+    selected = (row * NUM_KV_HEADS + kv_head) * NUM_SELECTED
+    if role < CMP_PROGRAMS:
+        if WITH_CMP and CMP_PROGRAMS > 0:
+            CMP_HEADS: tl.constexpr = HEAD_TILE // CMP_PROGRAMS
+            _merge_heads(
+                cmp_o_ptr,
+                cmp_lse_ptr,
+                cmp_merged_ptr,
+                first_head,
+                head_start + role * CMP_HEADS,
+                GROUP_SIZE,
+                CMP_HEADS,
+                CMP_SPLITS,
+                V_HEAD_DIM,
+                BLOCK_DV,
+            )
+    elif role < CMP_PROGRAMS + SLC_SPLITS:
+        if SLC_SPLITS > 0:
+            _attend_selected(
+                q_ptrs,
+                mask_m,
+                k_ptr,
+                v_ptr,
+                block_indices_ptr + selected,
+                block_pages_ptr + selected,
+                workspace_ptr,
+                lse_ptr,
+                first_head + head_start,
+                kv_head,
+                role - CMP_PROGRAMS,
+                seq_len,
+                qk_scale,
+                num_pages,
+                NUM_SLOTS,
+                SLC_TILES,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                V_HEAD_DIM,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_SIZE,
+                NUM_SELECTED,
+                WINDOW_SIZE,
+                SHARED,
+                BLOCK_N,
+                CHECK,
+            )
+    else:
+        if SWA_SPLITS > 0:
+            _attend_window(
+                q_ptrs,
+                mask_m,
+                k_swa_ptr,
+                v_swa_ptr,
+                window_table_ptr + row * table_width,
+                block_indices_ptr,
+                selected,
+                workspace_ptr,
+                lse_ptr,
+                first_head + head_start,
+                kv_head,
+                role - (CMP_PROGRAMS + SLC_SPLITS),
+                seq_len,
+                qk_scale,
+                num_swa_pages,
+                SLC_SPLITS,
+                SLC_SLOTS,
+                NUM_SLOTS,
+                SWA_TILES,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                V_HEAD_DIM,
+                BLOCK_D,
+                BLOCK_DV,
+                BLOCK_SIZE,
+                NUM_SELECTED,
+                WINDOW_SIZE,
+                SHARED,
+                BLOCK_N,
+                CHECK,
+            )
+
+    # The barrier orders every thread's stores before the one atomic that releases them.
+    tl.debug_barrier()
+    counter_ptr = counters_ptr + row * (NUM_KV_HEADS * HEAD_TILES) + tl.program_id(1)
+    arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    if arrived == NUM_PROGRAMS - 1:
+        tl.store(counter_ptr, 0)
+        out = tl.zeros([HEAD_TILE, BLOCK_DV], tl.float32)
+        gates_row = row * stride_gt + (kv_head * GROUP_SIZE + offs_h) * stride_gh
+        if SLC_SPLITS > 0:
+            o_slc = _merge(
+                workspace_ptr,
+                lse_ptr,
+                (first_head + offs_h) * NUM_SLOTS,
+                mask_h,
+                SLC_SLOTS,
+                V_HEAD_DIM,
+                BLOCK_DV,
+            )
+            gate = _load_gate(gates_ptr, gates_row + 1, mask_h, gate_slc, SIGMOID_GATES)
+            out += gate * o_slc
+        if SWA_SPLITS > 0:
+            o_swa = _merge(
+                workspace_ptr,
+                lse_ptr,
+                (first_head + offs_h) * NUM_SLOTS + SLC_SLOTS,
+                mask_h,
+                SWA_SPLITS,
+                V_HEAD_DIM,
+                BLOCK_DV,
+            )
+            gate = _load_gate(gates_ptr, gates_row + 2, mask_h, gate_swa, SIGMOID_GATES)
+            out += gate * o_swa
+        if WITH_CMP:
+            if CMP_PROGRAMS > 0:
+                o_cmp = tl.load(
+                    cmp_merged_ptr + (first_head + offs_h)[:, None] * V_HEAD_DIM + offs_dv[None, :],
+                    mask=mask_out,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+            else:
+                o_cmp = _merge(
+                    cmp_o_ptr,
+                    cmp_lse_ptr,
+                    (first_head + offs_h) * CMP_SPLITS,
+                    mask_h,
+                    CMP_SPLITS,
+                    V_HEAD_DIM,
+                    BLOCK_DV,
+                )
+            gate = _load_gate(gates_ptr, gates_row, mask_h, gate_cmp, SIGMOID_GATES)
+            out += gate * o_cmp
+        out = tl.where(seq_len > 0, out, 0.0)
+        tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_out)
+
+
+@triton.jit
+def _merge_heads(
+    o_ptr,
+    lse_ptr,
+    merged_ptr,
+    first_head,
+    head_start,
+    GROUP_SIZE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    COUNT: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Merge the COUNT partial outputs of NUM_HEADS heads of the group, into fp32 [Nd, HQ, Dv]."""
+    offs_dv = tl.arange(0, BLOCK_DV)
+    heads = head_start + tl.arange(0, NUM_HEADS)
+    mask_h = heads < GROUP_SIZE
+    slots = (first_head + heads) * COUNT
+    o = _merge(o_ptr, lse_ptr, slots, mask_h, COUNT, V_HEAD_DIM, BLOCK_DV)
+    tl.store(
+        merged_ptr + (first_head + heads)[:, None] * V_HEAD_DIM + offs_dv[None, :],
+        o,
+        mask=mask_h[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
+    )
+
+
+@triton.jit
+def _attend_selected(
+    q_ptrs,
+    mask_m,
+    k_ptr,
+    v_ptr,
+    blocks_ptr,
+    pages_ptr,
+    o_ptr,
+    lse_ptr,
+    first_head,
+    kv_head,
+    share,
+    seq_len,
+    qk_scale,
+    num_pages,
+    NUM_SLOTS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Attend to one share of the selected blocks; where SHARED, of those not in the window."""
+    ROWS: tl.constexpr = q_ptrs.shape[0]
+    m_i = tl.full([ROWS], NEVER, tl.float32)
+    l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    inner_block = _inner_block(seq_len, WINDOW_SIZE, BLOCK_SIZE)
+    first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
+    offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
+    exists = first_item + offs_i < NUM_SELECTED
+    blocks = tl.load(blocks_ptr + first_item + offs_i, mask=exists, other=-1)
+    pages = tl.load(pages_ptr + first_item + offs_i, mask=exists, other=0)
+    q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+    for i in range(tl.where(seq_len > 0, NUM_TILES, 0)):
+        item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
+        if BLOCK_N <= BLOCK_SIZE:
+            block = _pick(blocks, offs_i, item - first_item)
+            page = _pick(pages, offs_i, item - first_item)
+        else:
+            block = tl.load(blocks_ptr + item, mask=item < NUM_SELECTED, other=-1)
+            page = tl.load(pages_ptr + item, mask=item < NUM_SELECTED, other=0)
+        wanted = block >= 0
+        if SHARED:
+            wanted = wanted & (block < inner_block)
+        visible = wanted & (block * BLOCK_SIZE + offs < seq_len)
+        if CHECK:
+            in_range = (page >= 0) & (page < num_pages)
+            tl.device_assert(in_range | (block < 0), "block_pages out of range")
+        k, v = _load_kv(
+            k_ptr,
+            v_ptr,
+            kv_head,
+            page,
+            offs,
+            visible,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_SIZE,
+            BLOCK_N,
+        )
+        s = _scores(q, k, qk_scale)
+        m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
+    slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
+    _store_partial(o_ptr, lse_ptr, slots, mask_m, m_i, l_i, acc, V_HEAD_DIM, BLOCK_DV)
+
+
+@triton.jit
+def _attend_window(
+    q_ptrs,
+    mask_m,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    block_indices_ptr,
+    selected,
+    o_ptr,
+    lse_ptr,
+    first_head,
+    kv_head,
+    share,
+    seq_len,
+    qk_scale,
+    num_pages,
+    SLC_SPLITS: tl.constexpr,
+    SLC_SLOTS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    NUM_TILES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    WINDOW_SIZE: tl.constexpr,
+    SHARED: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    """Attend to one share of the window's pages; where SHARED, for the selection as well.
+
+    The scores are the same for both, the masks are not: a running softmax each.
+    """
+    ROWS: tl.constexpr = q_ptrs.shape[0]
+    m_i = tl.full([ROWS], NEVER, tl.float32)
+    l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
+    window_start = tl.maximum(seq_len - WINDOW_SIZE, 0)
+    inner_block = _inner_block(seq_len, WINDOW_SIZE, BLOCK_SIZE)
+    first_block = window_start // BLOCK_SIZE
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
+    offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
+    share_blocks = first_block + first_item + offs_i
+    pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
+    if SHARED:
+        m_slc, l_slc, acc_slc = m_i, l_i, acc
+        offs_s = tl.arange(0, triton.next_power_of_2(NUM_SELECTED))
+        blocks_ptrs = block_indices_ptr + selected + offs_s
+        blocks = tl.load(blocks_ptrs, mask=offs_s < NUM_SELECTED, other=-1)
+    q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+    used_tiles = ((num_blocks - first_block) * BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    for i in range(tl.minimum(used_tiles - share * NUM_TILES, NUM_TILES)):
+        item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
+        block = first_block + item
+        if BLOCK_N <= BLOCK_SIZE:
+            page = _pick(pages, offs_i, item - first_item)
+        else:
+            page = tl.load(table_ptr + block, mask=block < num_blocks, other=0)
+        token = block * BLOCK_SIZE + offs
+        visible = (token >= window_start) & (token < seq_len)
+        if CHECK:
+            tl.device_assert((page >= 0) & (page < num_pages), "window page out of range")
+        k, v = _load_kv(
+            k_ptr,
+            v_ptr,
+            kv_head,
+            page,
+            offs,
+            visible,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            V_HEAD_DIM,
+            BLOCK_D,
+            BLOCK_DV,
+            BLOCK_SIZE,
+            BLOCK_N,
+        )
+        s = _scores(q, k, qk_scale)
+        m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
+        if SHARED:
+            if BLOCK_N <= BLOCK_SIZE:
+                is_selected = tl.max((blocks == block).to(tl.int32), axis=0) > 0
+            else:
+                is_selected = tl.max((blocks[None, :] == block[:, None]).to(tl.int32), axis=1) > 0
+            chosen = visible & (is_selected & (block >= inner_block))
+            m_slc, l_slc, acc_slc = _attend(s, v, chosen, m_slc, l_slc, acc_slc)
+    slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
+    _store_partial(o_ptr, lse_ptr, slots + SLC_SLOTS, mask_m, m_i, l_i, acc, V_HEAD_DIM, BLOCK_DV)
+    if SHARED:
+        _store_partial(
+            o_ptr,
+            lse_ptr,
+            slots + SLC_SPLITS,
+            mask_m,
+            m_slc,
+            l_slc,
+            acc_slc,
+            V_HEAD_DIM,
+            BLOCK_DV,
+        )
+
+
+@triton.jit
+def _inner_block(seq_len, WINDOW_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """First block whose tokens, as far as there are any, all lie in the last query's window."""
+    return (tl.maximum(seq_len - WINDOW_SIZE, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE
+
+
+@triton.jit
+def _load_q(q_ptrs, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the queries, 0 outside. After the page ids: whoever needs q first waits for it."""
+    mask_d = tl.arange(0, BLOCK_D) < HEAD_DIM
+    return tl.load(q_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+
+
+@triton.jit
+def _split_tokens(start, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Map a tile of the concatenated pages to (page of the list, token in the page).
+
+    The first is a scalar where a tile lies within a page, which spares address arithmetic.
+    """
+    offs_n = tl.arange(0, BLOCK_N)
+    if BLOCK_N <= BLOCK_SIZE:
+        item = start // BLOCK_SIZE
+        offs = start % BLOCK_SIZE + offs_n
+    else:
+        item = start // BLOCK_SIZE + offs_n // BLOCK_SIZE
+        offs = offs_n % BLOCK_SIZE
+    return item, offs
+
+
+@triton.jit
+def _share_items(NUM_TILES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Offsets of the pages that a share touches, wherever in a page it begins."""
+    TOKENS: tl.constexpr = NUM_TILES * BLOCK_N
+    LATEST: tl.constexpr = BLOCK_SIZE - BLOCK_N if TOKENS % BLOCK_SIZE else 0
+    return tl.arange(0, triton.next_power_of_2((LATEST + TOKENS - 1) // BLOCK_SIZE + 1))
+
+
+@triton.jit
+def _pick(values, offsets, index):
+    """values[index] from registers: no load that the loads of the page would wait for."""
+    return tl.sum(tl.where(offsets == index, values, 0), axis=0)
+
+
+@triton.jit
+def _load_kv(
+    k_ptr,
+    v_ptr,
+    kv_head,
+    page,
+    offs,
+    visible,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Load a tile's keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV], 0 where not visible."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    start = (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
+    if BLOCK_N <= BLOCK_SIZE:
+        k_ptrs = k_ptr + start * HEAD_DIM + offs[:, None] * HEAD_DIM + offs_d[None, :]
+        v_ptrs = v_ptr + start * V_HEAD_DIM + offs[:, None] * V_HEAD_DIM + offs_dv[None, :]
+    else:
+        k_ptrs = k_ptr + (start + offs)[:, None] * HEAD_DIM + offs_d[None, :]
+        v_ptrs = v_ptr + (start + offs)[:, None] * V_HEAD_DIM + offs_dv[None, :]
+    mask_k = visible[:, None]
+    mask_v = visible[:, None]
+    # A mask along the row would keep the compiler from 16-byte copies of an even one.
+    if BLOCK_D != HEAD_DIM:
+        mask_k = mask_k & (offs_d[None, :] < HEAD_DIM)
+    if BLOCK_DV != V_HEAD_DIM:
+        mask_v = mask_v & (offs_dv[None, :] < V_HEAD_DIM)
+    return tl.load(k_ptrs, mask=mask_k, other=0.0), tl.load(v_ptrs, mask=mask_v, other=0.0)
+
+
+@triton.jit
+def _scores(q, k, qk_scale):
+    """Score a tile's keys in base 2: [M, BLOCK_N]."""
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+
+
+@triton.jit
+def _attend(s, v, visible, m_i, l_i, acc):
+    """Add a tile to the running softmax (maximum m_i, sum l_i, output acc) of the rows.
+
+    l_i [M, BLOCK_N] is summed over its columns at the end: a sum across warps costs two barriers.
+    """
+    s = tl.where(visible[None, :], s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, axis=1))
+    p = tl.exp2(s - m_new[:, None])
+    alpha = tl.exp2(m_i - m_new)
+    l_new = l_i * alpha[:, None] + p
+    acc = acc * alpha[:, None]
+    acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return m_new, l_new, acc
+
+
+@triton.jit
+def _store_partial(
+    o_ptr,
+    lse_ptr,
+    slots,
+    mask_m,
+    m_i,
+    l_i,
+    acc,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Leave normalised outputs and their lse2 in the workspace; an empty one only the latter."""
+    offs_dv = tl.arange(0, BLOCK_DV)
+    l_i = tl.sum(l_i, axis=1)
+    seen = l_i > 0
+    o = acc / tl.where(seen, l_i, 1.0)[:, None]
+    lse2 = tl.where(seen, m_i + tl.log2(tl.where(seen, l_i, 1.0)), float("-inf"))
+    tl.store(
+        o_ptr + slots[:, None] * V_HEAD_DIM + offs_dv[None, :],
+        o,
+        mask=(mask_m & seen)[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
+    )
+    tl.store(lse_ptr + slots, lse2, mask=mask_m)
+
+
+@triton.jit
+def _merge(
+    o_ptr,
+    lse_ptr,
+    slots,
+    mask_h,
+    COUNT: tl.constexpr,
+    V_HEAD_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Combine COUNT partial outputs of every head, at slots[h] and after: [heads, BLOCK_DV].
+
+    Nothing is read on a condition that must be loaded first, so all loads are in flight at once;
+    what an empty share left unwritten is dropped after reading.
+    """
+    UNROLL: tl.constexpr = min(triton.next_power_of_2(COUNT), 16)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    m = tl.full([slots.shape[0]], NEVER, tl.float32)
+    total = tl.zeros([slots.shape[0]], tl.float32)
+    acc = tl.zeros([slots.shape[0], BLOCK_DV], tl.float32)
+    for start in range(0, COUNT, UNROLL):
+        for i in tl.static_range(UNROLL):
+            exists = mask_h & (start + i < COUNT)
+            # Other multiprocessors wrote these: ".cg" reads past the cache of this one.
+            lse2 = tl.load(
+                lse_ptr + slots + (start + i),
+                mask=exists,
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            o = tl.load(
+                o_ptr + (slots + (start + i))[:, None] * V_HEAD_DIM + offs_dv[None, :],
+                mask=exists[:, None] & (offs_dv[None, :] < V_HEAD_DIM),
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            o = tl.where(lse2[:, None] > float("-inf"), o, 0.0)
+            m_new = tl.maximum(m, lse2)
+            alpha, weight = tl.exp2(m - m_new), tl.exp2(lse2 - m_new)
+            total = total * alpha + weight
+            acc = acc * alpha[:, None] + o * weight[:, None]
+            m = m_new
+    return acc / tl.where(total > 0, total, 1.0)[:, None]
+
+
+@triton.jit
+def _load_gate(gates_ptr, offsets, mask_h, constant, SIGMOID_GATES: tl.constexpr):
+    """Load the heads' gates, or spread the constant over them: [heads, 1] fp32."""
+    if gates_ptr is None:
+        gate = tl.zeros(mask_h.shape, tl.float32) + constant
+    else:
+        gate = tl.load(gates_ptr + offsets, mask=mask_h, other=0.0).to(tl.float32)
+        if SIGMOID_GATES:
+            gate = tl.sigmoid(gate)
+    return gate[:, None]

@@ -1,0 +1,233 @@
+"""One step for the Triton path: small integer tensors on the device, shared by all layers.
+
+B rows, Nd of them decode rows (one token each, in front), T tokens, P pages of the longest row,
+HQ query heads, H KV heads.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from nsa_kernels.gpu.common import (
+    WORKSPACE_BYTES,
+    check_geometry,
+    prefill_block_q,
+    score_bytes_per_token,
+    score_tile_entries,
+)
+from nsa_kernels.metadata import AttnMetadata
+from nsa_kernels.spec import NSASpec
+from nsa_kernels.torch_plan import Branches
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreChunk:
+    """A run of prefill tiles whose block scores fit into the workspace together.
+
+    tiles: of `PrefillPlan.tile_starts`. Their tokens are [first_token, first_token + num_tokens),
+    and the last of them sees `num_score_tiles` score tiles.
+    """
+
+    tiles: slice
+    first_token: int
+    num_tokens: int
+    num_score_tiles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillPlan:
+    """The prefill chunks of a step: tokens [first_token, T).
+
+    tile_rows, tile_starts: [tiles] int32; tile i is the tokens tile_starts[i] and after, at most
+    `prefill_block_q` of them, of row tile_rows[i].
+    window_rows, window_ends: [W] int32, row of every window that closes, and the number of tokens
+    up to its end.
+    cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
+    """
+
+    first_token: int
+    tile_rows: Tensor
+    tile_starts: Tensor
+    window_rows: Tensor
+    window_ends: Tensor
+    cu_blocks: Tensor
+    num_blocks: int
+    score_chunks: list[ScoreChunk]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuPlan:
+    """One step for the Triton kernels; all tensors are int32 on the device.
+
+    seq_lens: [B], tokens in the cache after the step, 0 for a padding row. page_table: [B, P].
+    cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P] and tail_slots: [B],
+    None where branches share keys and values.
+    counters: [2, Nd * HQ], zero between kernels: programs of a decode row count their arrivals.
+    use_pdl: launch the decode kernels early, each waiting on the device for the one before.
+    """
+
+    branches: Branches
+    num_decode_rows: int
+    seq_lens: Tensor
+    page_table: Tensor
+    cu_seqlens_q: Tensor
+    token_rows: Tensor
+    positions: Tensor
+    swa_page_table: Tensor | None
+    tail_slots: Tensor | None
+    counters: Tensor
+    prefill: PrefillPlan | None
+    num_sms: int
+    use_pdl: bool
+    check_bounds: bool
+
+
+def plan_attention(
+    meta: AttnMetadata,
+    spec: NSASpec,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    branches: Branches | None = None,
+    check_bounds: bool = False,
+) -> GpuPlan:
+    """Plan one step; see `ops.plan_attention`. One copy to the device, no synchronisation."""
+    check_geometry(spec)
+    cu_seqlens = meta.cu_seqlens_q.numpy()
+    num_rows, num_decode_rows = len(meta.seq_lens), meta.num_decode_rows
+    token_rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(cu_seqlens))
+    host = {
+        "seq_lens": meta.seq_lens.numpy(),
+        "page_table": meta.page_table.numpy(),
+        "cu_seqlens_q": cu_seqlens,
+        "token_rows": token_rows,
+        "positions": meta.positions.numpy(),
+        "counters": np.zeros((2, num_decode_rows * num_q_heads), dtype=np.int32),
+    }
+    if meta.branches is not None:
+        host["swa_page_table"] = meta.branches.swa_page_table.numpy()
+        host["tail_slots"] = meta.branches.tail_slots.numpy()
+    score_chunks: list[ScoreChunk] = []
+    if num_decode_rows < num_rows:
+        tiles = _tiles(cu_seqlens, num_decode_rows, prefill_block_q(num_q_heads // num_kv_heads))
+        host["tile_rows"], host["tile_starts"] = tiles
+        host |= _closing_windows(meta, token_rows, spec)
+        num_blocks = -(-meta.seq_lens.numpy() // spec.block_size)
+        host["cu_blocks"] = np.concatenate(([0], np.cumsum(num_blocks)))
+        score_chunks = _score_chunks(meta, tiles[1], num_q_heads, dtype, spec)
+    sent = _send(host, device)
+    prefill = None
+    if score_chunks:
+        prefill = PrefillPlan(
+            first_token=num_decode_rows,
+            tile_rows=sent["tile_rows"],
+            tile_starts=sent["tile_starts"],
+            window_rows=sent["window_rows"],
+            window_ends=sent["window_ends"],
+            cu_blocks=sent["cu_blocks"],
+            num_blocks=int(host["cu_blocks"][-1]),
+            score_chunks=score_chunks,
+        )
+    return GpuPlan(
+        branches=branches or Branches(),
+        num_decode_rows=num_decode_rows,
+        seq_lens=sent["seq_lens"],
+        page_table=sent["page_table"],
+        cu_seqlens_q=sent["cu_seqlens_q"],
+        token_rows=sent["token_rows"],
+        positions=sent["positions"],
+        swa_page_table=sent.get("swa_page_table"),
+        tail_slots=sent.get("tail_slots"),
+        counters=sent["counters"],
+        prefill=prefill,
+        num_sms=num_multiprocessors(device),
+        use_pdl=has_dependent_launch(device),
+        check_bounds=check_bounds,
+    )
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; those of an H100 where there is none (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 132
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether a kernel may be launched while the one before it still runs (Hopper and later)."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _send(host: dict[str, npt.NDArray[np.integer]], device: torch.device) -> dict[str, Tensor]:
+    """Copy all arrays to the device at once, as int32."""
+    # Each starts on 16 bytes, so that kernels are compiled for aligned pointers whatever the sizes.
+    sizes = [-(-array.size // 4) * 4 for array in host.values()]
+    packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    view = packed.numpy()
+    offset = 0
+    for array, size in zip(host.values(), sizes, strict=True):
+        view[offset : offset + array.size] = array.reshape(-1)
+        offset += size
+    on_device = packed.to(device, non_blocking=True).split(sizes)
+    return {
+        name: part[: array.size].view(array.shape)
+        for (name, array), part in zip(host.items(), on_device, strict=True)
+    }
+
+
+def _tiles(
+    cu_seqlens: npt.NDArray[np.integer], first_row: int, block_q: int
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Row and first token of every tile of the rows from `first_row` on."""
+    lens = np.diff(cu_seqlens)[first_row:]
+    counts = -(-lens // block_q)
+    rows = np.repeat(np.arange(first_row, first_row + len(lens)), counts)
+    index = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    return rows, cu_seqlens[rows] + index * block_q
+
+
+def _closing_windows(
+    meta: AttnMetadata, token_rows: npt.NDArray[np.integer], spec: NSASpec
+) -> dict[str, npt.NDArray[np.integer]]:
+    """Windows that the prefill tokens close; those of decode rows are found on the device."""
+    first = meta.num_decode_rows
+    ends = meta.positions.numpy()[first:] + 1
+    closes = (ends >= spec.cmp_len) & ((ends - spec.cmp_len) % spec.cmp_stride == 0)
+    return {"window_rows": token_rows[first:][closes], "window_ends": ends[closes]}
+
+
+def _score_chunks(
+    meta: AttnMetadata,
+    tile_starts: npt.NDArray[np.integer],
+    num_q_heads: int,
+    dtype: torch.dtype,
+    spec: NSASpec,
+) -> list[ScoreChunk]:
+    """Cut the tiles so that each chunk's score workspace stays under its bound."""
+    positions = meta.positions.numpy()
+    ends = np.append(tile_starts[1:], len(positions))
+    tile_entries = score_tile_entries(spec.cmp_entries_per_page)
+    # Positions grow inside a tile, so its last token sees most.
+    visible = (positions[ends - 1] + 1) // spec.cmp_stride
+    score_tiles = np.maximum(-(-visible // tile_entries), 1)
+    cost = score_bytes_per_token(num_q_heads, 1, dtype, spec)
+    chunks: list[ScoreChunk] = []
+    first = 0
+    while first < len(tile_starts):
+        stop, most = first, 0
+        while stop < len(tile_starts):
+            most = max(most, int(score_tiles[stop]))
+            tokens = int(ends[stop] - tile_starts[first])
+            if stop > first and cost * most * tokens > WORKSPACE_BYTES:
+                break
+            stop += 1
+        used = int(score_tiles[first:stop].max())
+        begin, end = int(tile_starts[first]), int(ends[stop - 1])
+        chunks.append(ScoreChunk(slice(first, stop), begin, end - begin, used))
+        first = stop
+    return chunks
