@@ -5,6 +5,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from report_kernels import kernel_section
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -98,6 +100,7 @@ def write_report() -> None:
     cpu = RESULTS / "cpu.json"
     if cpu.is_file():
         parts.append(cpu_section(json.loads(cpu.read_text())))
+    parts.append(kernel_section(RESULTS))
     (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
 
 

@@ -178,32 +178,38 @@ def test_scores_that_are_not_numbers_select_something_valid() -> None:
         assert (row >= 0).all()
 
 
-@pytest.mark.parametrize("name", ["paper", "legacy", "max_pool"])
-def test_decode_in_parallel_chunks(name: str) -> None:
-    spec = SPECS[name]
-    positions, logits = make_case(spec, 300)
-    positions[0] = -1  # a padding row
-    scores, expected = make_scores(logits, positions, spec)
+def run_decode(
+    scores: CmpScores,
+    positions: Tensor,
+    spec: NSASpec,
+    num_pages_per_row: int,
+    *,
+    num_kv_heads: int = 2,
+    chunk_blocks: int = 1024,
+    heads_per_step: int = 4,
+    early_bytes: int = 0,
+) -> Tensor:
+    """Blocks that decode selects, and check that their pages are right: [R, H, S]."""
     assert scores.units is not None and scores.tile_max is not None
+    num_rows, num_heads, num_tiles = scores.tile_max.shape
     constants = select_constants(
         spec,
-        3,
-        scores.tile_max.shape[2],
+        num_heads // num_kv_heads,
+        num_tiles,
         tile_entries=score_tile_entries(spec.cmp_entries_per_page),
-        chunk_blocks=128,
-        heads_per_step=4,
+        chunk_blocks=chunk_blocks,
+        heads_per_step=heads_per_step,
     )
-    assert constants["MAX_CHUNKS"] > 1
     # Three splits: two halves of the sum, and one that is empty.
     lse2 = scores.lse2[..., None]
     lse2_part = torch.cat((lse2 - 1, torch.full_like(lse2, -torch.inf), lse2 - 1), dim=-1)
     num_pages = 1000
-    page_table = (
-        (torch.randperm(6 * 300 + 1)[: 6 * 300].reshape(6, 300) % num_pages).int().to(DEVICE)
-    )
-    indices = torch.full((6, 2, spec.num_selected_blocks), 77, dtype=torch.int32, device=DEVICE)
+    page_table = torch.randperm(num_rows * num_pages_per_row).reshape(num_rows, -1) % num_pages
+    page_table = page_table.int().to(DEVICE)
+    shape = (num_rows, num_kv_heads, spec.num_selected_blocks)
+    indices = torch.full(shape, 77, dtype=torch.int32, device=DEVICE)
     pages = indices.clone()
-    counters = torch.zeros(12, dtype=torch.int32, device=DEVICE)
+    counters = torch.zeros(num_rows * num_kv_heads, dtype=torch.int32, device=DEVICE)
     decode_select(
         scores.units,
         scores.spill,
@@ -217,13 +223,83 @@ def test_decode_in_parallel_chunks(name: str) -> None:
         constants,
         num_pages=num_pages,
         check=True,
+        early_bytes=early_bytes,
     )
-    wanted = expected_blocks(expected, positions, spec, 2)
-    wanted[0] = -1
-    assert in_order(indices).equal(wanted)
-    looked_up = page_table[:, None].expand(-1, 2, -1).gather(2, indices.long().clamp(min=0))
+    looked_up = page_table[:, None].expand(-1, num_kv_heads, -1)
+    looked_up = looked_up.gather(2, indices.long().clamp(min=0))
     assert pages.equal(looked_up.where(indices >= 0, 0))
     assert not counters.any()
+    return in_order(indices)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("num_blocks", "chunk_blocks"),
+    [(70, 1024), (200, 1024), (300, 128), (1000, 1024)],
+)
+def test_decode_selects_as_the_specification(name: str, num_blocks: int, chunk_blocks: int) -> None:
+    spec = SPECS[name]
+    positions, logits = make_case(spec, num_blocks, heads=1)
+    positions[0] = -1  # a padding row
+    scores, expected = make_scores(logits, positions, spec)
+    wanted = expected_blocks(expected, positions, spec, 1)
+    wanted[0] = -1
+    for early_bytes in (0, 1 << 30):
+        indices = run_decode(
+            scores,
+            positions,
+            spec,
+            num_blocks,
+            num_kv_heads=1,
+            chunk_blocks=chunk_blocks,
+            early_bytes=early_bytes,
+        )
+        assert indices.equal(wanted)
+        if chunk_blocks < num_blocks:
+            break
+
+
+@pytest.mark.parametrize("num_selected", [3, 4, 40, 64, 130, 140])
+@pytest.mark.parametrize(("num_blocks", "chunk_blocks"), [(700, 1024), (700, 256)])
+def test_decode_selects_few_or_many(num_selected: int, num_blocks: int, chunk_blocks: int) -> None:
+    spec = NSASpec(num_selected_blocks=num_selected)
+    positions, logits = make_case(spec, num_blocks, heads=1, group=2)
+    scores, expected = make_scores(logits, positions, spec)
+    indices = run_decode(
+        scores, positions, spec, num_blocks, num_kv_heads=1, chunk_blocks=chunk_blocks
+    )
+    assert indices.equal(expected_blocks(expected, positions, spec, 1))
+
+
+@pytest.mark.parametrize("name", ["paper", "fla", "legacy", "max_pool"])
+@pytest.mark.parametrize(("num_blocks", "chunk_blocks"), [(64, 1024), (300, 1024), (300, 128)])
+def test_decode_of_equal_scores(name: str, num_blocks: int, chunk_blocks: int) -> None:
+    """Ties at the last place and above it, inside groups and between them."""
+    spec = SPECS[name]
+    positions, logits = make_case(spec, num_blocks, heads=1, group=2)
+    logits.zero_()
+    window_block = torch.arange(logits.shape[-1]) * spec.cmp_stride // spec.block_size
+    logits[3:, :, window_block % 10 == 5] = 6.0
+    scores, expected = make_scores(logits, positions, spec)
+    scores = replace(scores, lse2=torch.zeros_like(scores.lse2))
+    expected = torch.round(expected / expected[expected > 0].min() * 64) / 64
+    indices = run_decode(
+        scores, positions, spec, num_blocks, num_kv_heads=1, chunk_blocks=chunk_blocks
+    )
+    assert indices.equal(expected_blocks(expected, positions, spec, 1))
+
+
+@pytest.mark.parametrize("chunk_blocks", [1024, 128])
+def test_decode_of_scores_that_are_not_numbers(chunk_blocks: int) -> None:
+    positions, logits = make_case(PAPER, 200)
+    scores, _ = make_scores(logits, positions, PAPER)
+    scores = replace(scores, lse2=torch.full_like(scores.lse2, torch.nan))
+    indices = run_decode(scores, positions, PAPER, 200, chunk_blocks=chunk_blocks)
+    current = positions // PAPER.block_size
+    assert (indices <= current[:, None, None]).all()
+    for row in indices[-1]:
+        assert len(set(row.tolist())) == PAPER.num_selected_blocks
+        assert (row >= 0).all()
 
 
 def test_missing_scores_are_an_error() -> None:

@@ -80,6 +80,9 @@ def prefill_cmp(
     row_split: int | None = None,
     num_warps: int = 8,
     num_stages: int | None = None,
+    max_registers: int | None = None,
+    queries_in_registers: bool = False,
+    direct_stores: bool = True,
     fp32_precision: str = "tf32x3",
 ) -> CmpScores:
     """Attend from the tokens [first_token, first_token + R) to the compressed entries before them.
@@ -136,7 +139,7 @@ def prefill_cmp(
 
     low_d, high_d = _split_dim(head_dim)
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
-    block_u = max(16, triton.next_power_of_2(blocks_per_step + has_spill))
+    block_u = max(16, triton.next_power_of_2(blocks_per_step))
     if num_stages is None:
         step_entries = tiles_per_step * tile_entries
         query_width = low_d + high_d
@@ -191,7 +194,11 @@ def prefill_cmp(
         CHECK=check,
         STAGES=num_stages,
         PRECISION=fp32_precision,
+        Q_REGISTERS=queries_in_registers,
+        # The interpreter has no assembly.
+        DIRECT=direct_stores and q.device.type != "cpu",
         num_warps=num_warps,
+        maxnreg=max_registers,
         debug=check,
     )
     return scores
@@ -230,6 +237,61 @@ def _load_tile(ptrs, offs_d, mask_n, DIM: tl.constexpr, BLOCK: tl.constexpr, MAS
     if BLOCK > DIM:
         return tl.load(ptrs, mask=(offs_d < DIM)[None, :], other=0.0)
     return tl.load(ptrs)
+
+
+@triton.jit
+def _spill(p, offs_n, WINDOW_STRIDES: tl.constexpr):
+    """Sum over the entries of p [M, N] of the strides they share with the block before them."""
+    if WINDOW_STRIDES == 2:
+        # One entry: a sum of integers, of which the compiler drops the other columns.
+        bits = tl.where((offs_n == 0)[None, :], p.to(tl.int32, bitcast=True), 0)
+        return tl.sum(bits, axis=1).to(tl.float32, bitcast=True)
+    shared = tl.maximum(WINDOW_STRIDES - 1 - offs_n, 0).to(tl.float32)
+    return tl.sum(p * shared[None, :], axis=1)
+
+
+@triton.jit
+def _store(ptrs, values, mask, DIRECT: tl.constexpr):
+    """Store values in the layout in which they are, if DIRECT.
+
+    `tl.store` exchanges them through shared memory first, which makes all warps wait for each
+    other several times a step.
+    """
+    if DIRECT:
+        flag = mask.to(tl.int32)
+        address = ptrs.to(tl.int64)
+        if values.dtype.primitive_bitwidth == 32:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+                "=r,l,r,r",
+                [address, values.to(tl.int32, bitcast=True), flag],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        elif len(values.shape) == 1:
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; .reg .b16 l, h; setp.ne.s32 p, $3, 0; mov.b32 {l, h}, $2;"
+                " @p st.global.b16 [$1], l; mov.b32 $0, 0; }",
+                "=r,l,r,r",
+                [address, values.to(tl.int16, bitcast=True).to(tl.int32), flag],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+        else:
+            # Two neighbours of a row, the two halves of a register, are one store.
+            tl.inline_asm_elementwise(
+                "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p st.global.b32 [$2], $4;"
+                " mov.b32 $0, 0; mov.b32 $1, 0; }",
+                "=r,=r,l,l,r,r,r",
+                [address, values, flag],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=2,
+            )
+    else:
+        tl.store(ptrs, values, mask=mask)
 
 
 # What changes from step to step must not compile the kernel anew.
@@ -288,6 +350,8 @@ def _prefill_cmp_kernel(
     CHECK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    Q_REGISTERS: tl.constexpr,
+    DIRECT: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK_Q * BLOCK_H
     BLOCK_N: tl.constexpr = STEP_TILES * TILE_E
@@ -323,7 +387,16 @@ def _prefill_cmp_kernel(
     if BLOCK_D2 > 0:
         offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
         q2 = _load_tile(q_rows, offs_d2, mask_m, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
-    out_row = (token - first_token).to(tl.int64) * (NUM_KV_HEADS * GROUP_SIZE) + head
+    if Q_REGISTERS:
+        # What a load returns is multiplied from shared memory, what an operation returns from
+        # registers.
+        q = tl.where(mask_m[:, None], q, 0.0)
+        if BLOCK_D2 > 0:
+            q2 = tl.where(mask_m[:, None], q2, 0.0)
+    # Rows of the output: the tile's first in 64 bits, the others from there in 32.
+    NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
+    out_row = (start - first_token).to(tl.int64) * NUM_HEADS + kv_head * GROUP_SIZE
+    offs_row = offs_m // BLOCK_H * NUM_HEADS + offs_m % BLOCK_H
     visible = (first_position + 1 + offs_m // BLOCK_H) // CMP_STRIDE
 
     # A page's compressed keys of one head are contiguous, so an entry is a row of [rows, D].
@@ -335,12 +408,11 @@ def _prefill_cmp_kernel(
     TILE_UNITS: tl.constexpr = STEP_UNITS // STEP_TILES
     offs_u = tl.arange(0, BLOCK_U if MAP_BLOCKS else BLOCK_N)
     if MAP_BLOCKS:
-        # Column j counts the strides that entry e shares with the step's block j; the column after
-        # the last block is the block before the step. Small integers: exact in any dtype.
-        block = tl.where(offs_u < STEP_UNITS, offs_u, -1)
-        past = offs_n[:, None] - block[None, :] * ENTRIES
+        # Column j counts the strides that entry e shares with the step's block j. Small integers:
+        # exact in any dtype.
+        past = offs_n[:, None] - offs_u[None, :] * ENTRIES
         shared = tl.minimum(past, ENTRIES - 1) - tl.maximum(past - (WINDOW_STRIDES - 1), 0) + 1
-        shared = tl.where((offs_u <= STEP_UNITS)[None, :], tl.maximum(shared, 0), 0)
+        shared = tl.maximum(shared, 0)
         # bf16 also beside fp16 keys: it keeps probabilities that fp16 flushes to 0.
         P_DTYPE: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
         weights = shared.to(tl.float32).to(P_DTYPE)
@@ -349,103 +421,84 @@ def _prefill_cmp_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
 
-    # Softmax does not care about order: first the steps that need masks (the one with entries
-    # before the first window, those around the causal end), then the others without.
-    num_steps = tl.cdiv(num_visible, BLOCK_N)
+    # Steps whose entries all rows see need no mask: those before `full_end`, but for the one with
+    # the entries before the first window.
     full_end = num_common // BLOCK_N
-    num_masked = num_steps - full_end
-    if HAS_HEAD:
-        full_end = tl.maximum(full_end, 1)
-        num_masked = tl.where(num_steps > 0, num_steps - full_end + 1, 0)
-    for FULL in tl.static_range(2):
-        num_iterations = full_end - HAS_HEAD if FULL else num_masked
-        # The pages of an iteration are loaded one iteration early: the keys' copies into shared
-        # memory, themselves issued ahead of their use, then need not wait for an address.
-        first = HAS_HEAD if FULL else (0 if HAS_HEAD else full_end)
-        page = tl.load(
-            page_ptrs + first * STEP_PAGES,
-            mask=first * BLOCK_N + offs_n < num_visible,
-            other=0,
+    # The pages of a step are loaded one step early: the keys' copies into shared memory, themselves
+    # issued ahead of their use, then need not wait for an address.
+    page = tl.load(page_ptrs, mask=offs_n < num_visible, other=0)
+    for step in tl.range(0, tl.cdiv(num_visible, BLOCK_N), num_stages=STAGES):
+        entry = step * BLOCK_N + offs_n
+        mask_n = (entry >= WINDOW_STRIDES - 1) & (entry < num_visible)
+        next_page = tl.load(
+            page_ptrs + (step + 1) * STEP_PAGES, mask=entry + BLOCK_N < num_visible, other=0
         )
-        for i in tl.range(0, num_iterations, num_stages=STAGES):
-            if FULL:
-                step = HAS_HEAD + i
-                next_step = step + 1
-            elif HAS_HEAD:
-                step = tl.where(i == 0, 0, full_end + i - 1)
-                next_step = full_end + i
-            else:
-                step = full_end + i
-                next_step = step + 1
-            entry = step * BLOCK_N + offs_n
-            mask_n = (entry >= WINDOW_STRIDES - 1) & (entry < num_visible)
-            next_page = tl.load(
-                page_ptrs + next_step * STEP_PAGES,
-                mask=next_step * BLOCK_N + offs_n < num_visible,
-                other=0,
-            )
-            if CHECK:
-                tl.device_assert((page >= 0) & (page < num_pages) | ~mask_n, "page out of range")
-            key_row = page.to(tl.int64) * (NUM_KV_HEADS * ENTRIES) + slot
-            k_rows = k_ptr + key_row * HEAD_DIM
-            k = _load_tile(k_rows, offs_d, mask_n, HEAD_DIM, BLOCK_D, not FULL)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if BLOCK_D2 > 0:
-                k2 = _load_tile(k_rows, offs_d2, mask_n, HEAD_DIM, BLOCK_D + BLOCK_D2, not FULL)
-                s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
-            if not FULL:
-                seen = mask_n[None, :] & (entry[None, :] < visible[:, None])
-                s = tl.where(seen, s, float("-inf"))
-            # The scale is positive, so it commutes with the maximum and joins the subtraction.
-            m_tile = tl.max(s, axis=1) * scale
-            m_new = tl.maximum(m_i, m_tile)
-            m_ref = m_new
-            if not FULL:
-                m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
-            p = tl.exp2(s * scale - m_ref[:, None])
-            alpha = tl.exp2(m_i - m_ref)
-            l_i = l_i * alpha + tl.sum(p, axis=1)
-            m_i = m_new
-            page = next_page
-            # This order lets the product with V run while the units are stored.
-            units = p
-            if WITH_SCORES and MAP_BLOCKS:
-                units = tl.dot(p.to(P_DTYPE), weights, input_precision=PRECISION)
-            if WITH_OUTPUT:
-                v_rows = v_ptr + key_row * V_HEAD_DIM
-                v = _load_tile(v_rows, offs_dv, mask_n, V_HEAD_DIM, BLOCK_DV, not FULL)
-                acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
-            if WITH_SCORES:
-                # Relative to the tile's own maximum: beside an attention sink, what the running
-                # maximum leaves of the others would vanish in fp16.
-                rescale = tl.exp2(tl.minimum(m_ref - m_tile, 126.0))
-                out_tile = out_row * num_score_tiles + step * STEP_TILES
-                for t in tl.static_range(STEP_TILES):
+        if CHECK:
+            tl.device_assert((page >= 0) & (page < num_pages) | ~mask_n, "page out of range")
+        # The wrapper sees to it that rows, though not elements, can be counted in 32 bits.
+        key_row = (page * (NUM_KV_HEADS * ENTRIES) + slot).to(tl.int64)
+        k_rows = k_ptr + key_row * HEAD_DIM
+        k = _load_tile(k_rows, offs_d, mask_n, HEAD_DIM, BLOCK_D, True)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if BLOCK_D2 > 0:
+            k2 = _load_tile(k_rows, offs_d2, mask_n, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
+            s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
+        if (step >= full_end) | (step < HAS_HEAD):
+            seen = mask_n[None, :] & (entry[None, :] < visible[:, None])
+            s = tl.where(seen, s, float("-inf"))
+        # The scale is positive, so it commutes with the maximum and joins the subtraction.
+        m_tile = tl.max(s, axis=1) * scale
+        m_new = tl.maximum(m_i, m_tile)
+        m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(s * scale - m_ref[:, None])
+        alpha = tl.exp2(m_i - m_ref)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        m_i = m_new
+        page = next_page
+        # This order lets the product with V run while the units are stored.
+        units = p
+        if WITH_SCORES and MAP_BLOCKS:
+            units = tl.dot(p.to(P_DTYPE), weights, input_precision=PRECISION)
+        if WITH_OUTPUT:
+            v_rows = v_ptr + key_row * V_HEAD_DIM
+            v = _load_tile(v_rows, offs_dv, mask_n, V_HEAD_DIM, BLOCK_DV, True)
+            acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        if WITH_SCORES:
+            # Relative to the tile's own maximum: beside an attention sink, what the running
+            # maximum leaves of the others would vanish in fp16.
+            rescale = tl.exp2(tl.minimum(m_ref - m_tile, 126.0))
+            first_tile = out_row * num_score_tiles + step * STEP_TILES
+            tile = offs_row * num_score_tiles
+            for t in tl.static_range(STEP_TILES):
+                mask_t = mask_m & (step * STEP_TILES + t < num_score_tiles)
+                _store(tile_max_ptr + first_tile + t + tile, m_tile, mask_t, DIRECT)
+            if WITH_SPILL:
+                # The entries that share strides with the block before the step.
+                spill = _spill(p, offs_n, WINDOW_STRIDES) * rescale
+                spill = spill.to(units_ptr.dtype.element_ty)
+                _store(spill_ptr + first_tile + tile, spill, mask_m, DIRECT)
+                for t in tl.static_range(1, STEP_TILES):
+                    # One step's tiles share a reference: the block before has its part already.
                     mask_t = mask_m & (step * STEP_TILES + t < num_score_tiles)
-                    tl.store(tile_max_ptr + out_tile + t, m_tile, mask=mask_t)
-                units = (units * rescale[:, None]).to(units_ptr.dtype.element_ty)
-                mask_u = (offs_u < STEP_UNITS) & (
-                    step * STEP_UNITS + offs_u < num_score_tiles * TILE_UNITS
-                )
-                tl.store(
-                    units_ptr + (out_tile * TILE_UNITS)[:, None] + offs_u[None, :],
-                    units,
-                    mask=mask_m[:, None] & mask_u[None, :],
-                )
-                if WITH_SPILL:
-                    spill = tl.sum(tl.where((offs_u == STEP_UNITS)[None, :], units, 0.0), axis=1)
-                    tl.store(spill_ptr + out_tile, spill, mask=mask_m)
-                    for t in tl.static_range(1, STEP_TILES):
-                        # One step's tiles share a reference: the block before has its part already.
-                        mask_t = mask_m & (step * STEP_TILES + t < num_score_tiles)
-                        tl.store(spill_ptr + out_tile + t, 0.0, mask=mask_t)
+                    zeros = tl.zeros_like(spill)
+                    _store(spill_ptr + first_tile + t + tile, zeros, mask_t, DIRECT)
+            units = (units * rescale[:, None]).to(units_ptr.dtype.element_ty)
+            mask_u = mask_m[:, None]
+            if STEP_UNITS < units.shape[1]:
+                mask_u = mask_u & (offs_u < STEP_UNITS)[None, :]
+            if STEP_TILES > 1:
+                units_left = num_score_tiles * TILE_UNITS - step * STEP_UNITS
+                mask_u = mask_u & (offs_u < units_left)[None, :]
+            ptrs = units_ptr + first_tile * TILE_UNITS
+            ptrs += (tile * TILE_UNITS)[:, None] + offs_u[None, :]
+            _store(ptrs, units, mask_u.broadcast_to(units.shape), DIRECT)
 
     lse2 = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
-    tl.store(lse2_ptr + out_row, lse2, mask=mask_m)
+    tl.store(lse2_ptr + out_row + offs_row, lse2, mask=mask_m)
     if WITH_OUTPUT:
         acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
         tl.store(
-            o_ptr + (out_row * V_HEAD_DIM)[:, None] + offs_dv[None, :],
+            o_ptr + out_row * V_HEAD_DIM + (offs_row * V_HEAD_DIM)[:, None] + offs_dv[None, :],
             acc.to(o_ptr.dtype.element_ty),
             mask=mask_m[:, None] & (offs_dv < V_HEAD_DIM)[None, :],
         )

@@ -325,9 +325,12 @@ def _max_pool_scores(
     mask = (entry < num_visible) & (column < ENTRIES + NUM_NEXT)[None, None, :]
     scores = tl.zeros(entry.shape, tl.float32)
     for one in range(GROUP_SIZE):
-        head = one + tl.arange(0, 1)
-        part = _load_lse2(lse2_ptr, head, head >= 0, num_splits, BLOCK_SPLITS)
-        lse2 = tl.sum(_merge_lse2(part), axis=0)
+        if BLOCK_SPLITS == 1:
+            lse2 = tl.load(lse2_ptr + one)
+        else:
+            head = one + tl.arange(0, 1)
+            part = _load_lse2(lse2_ptr, head, head >= 0, num_splits, BLOCK_SPLITS)
+            lse2 = tl.sum(_merge_lse2(part), axis=0)
         at = one * num_tiles * TILE_ENTRIES + entry
         units = tl.load(units_ptr + at, mask=mask, other=0.0).to(tl.float32)
         scores += units * _tile_weight(tile_max_ptr, at // TILE_ENTRIES, mask, lse2)
@@ -742,10 +745,10 @@ def _decode_scores(
         ptrs = units_ptr + at[:, :, None] * TILE_BLOCKS + offs[None, None, :]
         units = tl.load(ptrs, mask=mask[:, :, None], other=0.0)
         lse2 = _merge_lse2(lse2_part)[None, :]
-        scores += tl.sum(units * tl.exp2(tile_max - lse2)[:, :, None], axis=1)
         if WITH_SPILL:
             spill = tl.where(spills, spill * tl.exp2(next_max - lse2), 0.0)
             spilled += tl.sum(spill, axis=1)
+        scores += tl.sum(units * tl.exp2(tile_max - lse2)[:, :, None], axis=1)
     if WITH_SPILL:
         scores += tl.where((offs == TILE_BLOCKS - 1)[None, :], spilled[:, None], 0.0)
     return scores
@@ -754,13 +757,25 @@ def _decode_scores(
 @triton.jit
 def _pack(keys, block):
     """One int64 a key: larger for a larger key, then for a lower block; negative if the key is."""
-    return (keys.to(tl.int64) << 32) | (MAX_INT - block).to(tl.int64)
+    return (keys.to(tl.int64) << 32) | (block ^ MAX_INT).to(tl.int64)
 
 
 @triton.jit
 def _unpack(values):
     """Keys and blocks of packed values."""
-    return (values >> 32).to(tl.int32), MAX_INT - (values & 0xFFFFFFFF).to(tl.int32)
+    return (values >> 32).to(tl.int32), values.to(tl.int32) ^ MAX_INT
+
+
+@triton.jit
+def _count_larger(some, values):
+    """For each of [N] values, how many of `some` [M] are larger."""
+    NUM: tl.constexpr = values.shape[0]
+    LANES: tl.constexpr = 32 if NUM > 32 else NUM
+    # One value a lane and row, and `some` shared out to the warps: so a thread needs few of both,
+    # and counts for itself until the warps add up.
+    columns = tl.reshape(values, [NUM // LANES, 1, LANES])
+    larger = (some[None, :, None] > columns).to(tl.int32)
+    return tl.reshape(tl.sum(larger, axis=1), [NUM])
 
 
 @triton.jit
@@ -768,14 +783,19 @@ def _rank(values):
     """For each of [N] different values, the number of larger ones."""
     NUM: tl.constexpr = values.shape[0]
     if NUM <= 2 * RANK_STEP:
-        # Along axis 0 a thread counts for one value, and only warps add up.
-        rank = tl.sum((values[:, None] > values[None, :]).to(tl.int32), axis=0)
+        rank = _count_larger(values, values)
     else:
         rank = tl.zeros([NUM], tl.int32)
         for first in range(0, NUM, RANK_STEP):
             some = tl.gather(values, first + tl.arange(0, RANK_STEP), axis=0)
-            rank += tl.sum((some[:, None] > values[None, :]).to(tl.int32), axis=0)
+            rank += _count_larger(some, values)
     return rank
+
+
+@triton.jit
+def _spread(values):
+    """[N] values in whatever order over the threads suits their next use, not their last."""
+    return tl.gather(values, tl.arange(0, values.shape[0]), axis=0)
 
 
 @triton.jit
@@ -784,17 +804,17 @@ def _finalists(values, SLOTS: tl.constexpr):
     NUM: tl.constexpr = values.shape[0]
     GROUPS: tl.constexpr = MIN_KEYS if MIN_KEYS >= 2 * SLOTS else 2 * SLOTS
     if NUM <= GROUPS:
-        return values
+        return _spread(values)
     else:
         # They are in the SLOTS groups whose own largest are largest.
         SIZE: tl.constexpr = NUM // GROUPS
-        rank = _rank(tl.max(tl.reshape(values, [GROUPS, SIZE]), axis=1))
+        rank = _rank(_spread(tl.max(tl.reshape(values, [GROUPS, SIZE]), axis=1)))
         group = tl.where(
             rank[:, None] == tl.arange(0, SLOTS)[None, :], tl.arange(0, GROUPS)[:, None], 0
         )
         at = tl.sum(group, axis=0)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
         values = tl.gather(values, tl.reshape(at, [SLOTS * SIZE]), axis=0)
-        return _finalists(values, SLOTS)
+        return values if SLOTS * SIZE <= GROUPS else _finalists(values, SLOTS)
 
 
 @triton.jit
@@ -937,9 +957,8 @@ def _decode_select_kernel(
     num_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
     # The programs of chunks that the row has; a short row still has one, which writes it.
     num_chunks = tl.maximum(tl.cdiv(num_blocks, NUM_KEYS), 1)
-    if MAX_CHUNKS > 1:
-        if chunk >= num_chunks:
-            return
+    if MAX_CHUNKS > 1 and chunk >= num_chunks:
+        return
     if PDL:
         tl.extra.cuda.gdc_wait()
     indices_ptr += row * NUM_SELECTED
