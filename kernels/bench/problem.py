@@ -76,7 +76,7 @@ class Problem:
         """1 / sqrt(D)."""
         return float(self.heads.head_dim**-0.5)
 
-    def run(self, inputs: InputSet, plan: ops.AttnPlan | None = None) -> Tensor:
+    def run(self, inputs: InputSet, plan: "ops.AttnPlan | None" = None) -> Tensor:
         """Run the whole operator, from appending to the gated sum: [T, HQ, Dv]."""
         return ops.nsa_attention(
             inputs.q,

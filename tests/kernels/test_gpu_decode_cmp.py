@@ -372,7 +372,7 @@ def test_no_rows() -> None:
 
 def test_splits_follow_the_shapes() -> None:
     assert num_cmp_splits(1, 4, 64, 132) == 32
-    assert num_cmp_splits(32, 4, 64, 132) == 2
+    assert num_cmp_splits(32, 4, 64, 132) == 3
     assert num_cmp_splits(512, 4, 64, 132) == 1
     assert num_cmp_splits(512, 4, 1024, 132) == 4
     assert num_cmp_splits(1, 4, 3, 132) == 3

@@ -127,8 +127,10 @@ def _decode(
     out: Tensor,
 ) -> None:
     branches = plan.branches
-    # Launched early, a large kernel's programs are in the way of the one before; measured.
+    # Selection is small enough to start the last kernel under it. In front of selection that pays
+    # for small steps only: else the early programs are in the way of those before; measured.
     launch_pdl = plan.use_pdl and q.shape[0] * k.shape[1] <= MAX_PDL_GROUPS
+    start_last = plan.use_pdl and (branches.slc or launch_pdl)
     partials: CmpPartials | None = None
     if branches.cmp or branches.slc:
         partials = decode_cmp(
@@ -149,6 +151,7 @@ def _decode(
             with_selection=branches.slc,
             fuse_append=fuse_append,
             launch_pdl=launch_pdl,
+            start_next=start_last,
             check=plan.check_bounds,
         )
     decode_slc(
@@ -169,7 +172,7 @@ def _decode(
         swa_page_table=plan.swa_page_table,
         sigmoid_gates=sigmoid_gates,
         out=out,
-        launch_pdl=launch_pdl and partials is not None,
+        launch_pdl=start_last and partials is not None,
         check=plan.check_bounds,
     )
 

@@ -27,7 +27,7 @@ from nsa_kernels.spec import NSASpec
 TILE_ENTRIES = 32
 # Splits of a row and KV head: enough programs to fill the device, but their partial results are
 # read again by decode_slc, and no program should have more tiles than the last of these.
-PROGRAMS_PER_SM = 2
+PROGRAMS_PER_SM = 3
 MAX_SPLITS = 32
 MAX_TILES_PER_SPLIT = 256
 # Bytes of keys and values on their way to a program, of which two or three share an SM.
@@ -82,8 +82,9 @@ def decode_cmp(
     num_warps: int | None = None,
     num_stages: int | None = None,
     max_registers: int | None = None,
-    heads_per_step: int = 8,
+    heads_per_step: int = 16,
     launch_pdl: bool = False,
+    start_next: bool = False,
 ) -> CmpPartials:
     """Append the tokens of the decode rows, attend to the compressed entries, select the blocks.
 
@@ -97,8 +98,8 @@ def decode_cmp(
     check: assert on the device that page ids and tail slots are inside the cache.
     Tuning: tile_entries, compressed entries of a loop step, a power of two and at least 2 * E;
     heads_per_step, heads whose scores the selection loads together.
-    launch_pdl: start while the kernel in front ends, and let the next one do so; every kernel
-    waits on the device for those before it.
+    launch_pdl: start each kernel while the one in front ends. start_next: let the one after these
+    do so. Every kernel waits on the device for those before it.
 
     Raises ValueError when softmax_scale is not positive or tensors of separate K/V are missing.
     """
@@ -248,6 +249,7 @@ def decode_cmp(
             num_pages=num_pages,
             check=check,
             launch_pdl=launch_pdl,
+            start_next=start_next,
         )
     return partials
 

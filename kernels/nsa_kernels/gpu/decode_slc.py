@@ -36,7 +36,8 @@ _MAX_SPLITS = 16
 _MAX_FOLDED_CMP_SPLITS = 4
 # Partial rows (head, split) of the compression branch that one program merges: at least so many
 # while there are programs to spare, at most so many before some are taken from the attention.
-_MIN_CMP_ROWS, _MAX_CMP_ROWS = 32, 128
+_MIN_CMP_ROWS, _MAX_CMP_ROWS = 64, 256
+_MAX_CMP_PROGRAMS = 2
 # Registers of a thread with which three programs of 128 threads share a multiprocessor.
 _REGISTERS = 168
 # Running maximum before anything was seen: lower than any score, and finite, so that the difference
@@ -91,7 +92,8 @@ def default_config(
     num_groups *= triton.cdiv(num_q_heads // num_kv_heads, head_tile)
 
     small = head_tile <= 16 and max(head_dim, v_head_dim) <= 128 and not is_fp32
-    programs = (3 if small else 2) * num_sms // num_groups
+    # Three would fit where registers allow, but two are faster: a program is long, its merge short.
+    programs = 2 * num_sms // num_groups
     cmp_rows = num_cmp_splits * head_tile
     cmp_programs = 0
     if num_cmp_splits > _MAX_FOLDED_CMP_SPLITS:
@@ -107,7 +109,7 @@ def default_config(
         share += 1
     if cmp_programs:
         spare = min(programs - slc_splits - swa_splits, cmp_rows // _MIN_CMP_ROWS)
-        while cmp_programs * 2 <= min(spare, head_tile):
+        while cmp_programs * 2 <= min(spare, head_tile, _MAX_CMP_PROGRAMS):
             cmp_programs *= 2
     return DecodeSlcConfig(
         slc_splits=max(slc_splits, 1),

@@ -76,13 +76,12 @@ def prefill_cmp(
     with_scores: bool = True,
     out: Tensor | None = None,
     check: bool = False,
-    tiles_per_step: int = 1,
+    tiles_per_step: int | None = None,
     row_split: int | None = None,
     num_warps: int = 8,
     num_stages: int | None = None,
     max_registers: int | None = None,
-    queries_in_registers: bool = False,
-    direct_stores: bool = True,
+    direct_stores: bool | None = None,
     fp32_precision: str = "tf32x3",
 ) -> CmpScores:
     """Attend from the tokens [first_token, first_token + R) to the compressed entries before them.
@@ -115,7 +114,16 @@ def prefill_cmp(
         # fp32 operands go through registers, in three parts each: fewer rows, fewer spills.
         row_split = 4 if is_fp32 else 1
     row_split = min(row_split, block_q)
-    blocks_per_step = tiles_per_step * tile_entries // entries_per_page
+    maps_blocks = spec.score_map == "overlap" and entries_per_page > 1
+    if tiles_per_step is None:
+        # Two tiles share the rescaling of the output, which only pays while registers last.
+        is_small = max(head_dim, v_head_dim) <= 128 and not is_fp32
+        tiles_per_step = 2 if is_small and maps_blocks else 1
+    step_entries = tiles_per_step * tile_entries
+    blocks_per_step = step_entries // entries_per_page
+    if direct_stores is None:
+        # The units of unmapped entries are whole lines, which `tl.store` writes in fewer pieces.
+        direct_stores = maps_blocks
 
     has_spill = spec.score_map == "overlap" and spec.strides_per_window > 1
     unit_dtype = score_unit_dtype(q.dtype)
@@ -139,12 +147,13 @@ def prefill_cmp(
 
     low_d, high_d = _split_dim(head_dim)
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
-    block_u = max(16, triton.next_power_of_2(blocks_per_step))
+    # Columns of the product that maps entries to blocks.
+    block_u = max(16, blocks_per_step) if maps_blocks else step_entries
     if num_stages is None:
-        step_entries = tiles_per_step * tile_entries
         query_width = low_d + high_d
         num_stages = _num_stages(
-            fixed=block_q // row_split * padded_group * query_width + step_entries * block_u,
+            fixed=block_q // row_split * padded_group * query_width
+            + step_entries * block_u * maps_blocks,
             per_stage=step_entries * (query_width + block_dv * with_output),
             itemsize=q.element_size(),
         )
@@ -187,14 +196,13 @@ def prefill_cmp(
         TILE_E=tile_entries,
         STEP_TILES=tiles_per_step,
         BLOCK_U=block_u,
-        MAP_BLOCKS=spec.score_map == "overlap" and entries_per_page > 1,
+        MAP_BLOCKS=maps_blocks,
         WITH_SPILL=has_spill,
         WITH_OUTPUT=with_output,
         WITH_SCORES=with_scores,
         CHECK=check,
         STAGES=num_stages,
         PRECISION=fp32_precision,
-        Q_REGISTERS=queries_in_registers,
         # The interpreter has no assembly.
         DIRECT=direct_stores and q.device.type != "cpu",
         num_warps=num_warps,
@@ -240,58 +248,55 @@ def _load_tile(ptrs, offs_d, mask_n, DIM: tl.constexpr, BLOCK: tl.constexpr, MAS
 
 
 @triton.jit
-def _spill(p, offs_n, WINDOW_STRIDES: tl.constexpr):
-    """Sum over the entries of p [M, N] of the strides they share with the block before them."""
+def _spill(p, offs_e, WINDOW_STRIDES: tl.constexpr):
+    """Strides that entries `offs_e` of a tile share with the block before it, times p [M, N]."""
     if WINDOW_STRIDES == 2:
-        # One entry: a sum of integers, of which the compiler drops the other columns.
-        bits = tl.where((offs_n == 0)[None, :], p.to(tl.int32, bitcast=True), 0)
+        # One entry: a sum of integers, from which the compiler drops the other columns.
+        bits = tl.where((offs_e == 0)[None, :], p.to(tl.int32, bitcast=True), 0)
         return tl.sum(bits, axis=1).to(tl.float32, bitcast=True)
-    shared = tl.maximum(WINDOW_STRIDES - 1 - offs_n, 0).to(tl.float32)
-    return tl.sum(p * shared[None, :], axis=1)
+    shared = tl.where(offs_e >= 0, tl.maximum(WINDOW_STRIDES - 1 - offs_e, 0), 0)
+    return tl.sum(p * shared.to(tl.float32)[None, :], axis=1)
 
 
 @triton.jit
-def _store(ptrs, values, mask, DIRECT: tl.constexpr):
-    """Store values in the layout in which they are, if DIRECT.
+def _store(ptrs, values, mask, DIRECT: tl.constexpr, PAIRS: tl.constexpr):
+    """Store values from the registers in which they are, if DIRECT.
 
-    `tl.store` exchanges them through shared memory first, which makes all warps wait for each
-    other several times a step.
+    `tl.store` exchanges them through shared memory first, and all warps wait for each other.
+    PAIRS: two neighbours of a row that share a register of 32 bits are one store.
     """
-    if DIRECT:
-        flag = mask.to(tl.int32)
-        address = ptrs.to(tl.int64)
-        if values.dtype.primitive_bitwidth == 32:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
-                "=r,l,r,r",
-                [address, values.to(tl.int32, bitcast=True), flag],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        elif len(values.shape) == 1:
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; .reg .b16 l, h; setp.ne.s32 p, $3, 0; mov.b32 {l, h}, $2;"
-                " @p st.global.b16 [$1], l; mov.b32 $0, 0; }",
-                "=r,l,r,r",
-                [address, values.to(tl.int16, bitcast=True).to(tl.int32), flag],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-        else:
-            # Two neighbours of a row, the two halves of a register, are one store.
-            tl.inline_asm_elementwise(
-                "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p st.global.b32 [$2], $4;"
-                " mov.b32 $0, 0; mov.b32 $1, 0; }",
-                "=r,=r,l,l,r,r,r",
-                [address, values, flag],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=2,
-            )
-    else:
+    if not DIRECT:
         tl.store(ptrs, values, mask=mask)
+    elif values.dtype.primitive_bitwidth == 32:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [ptrs.to(tl.int64), values.to(tl.int32, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    elif PAIRS:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p st.global.b32 [$2], $4;"
+            " mov.b32 $0, 0; mov.b32 $1, 0; }",
+            "=r,=r,l,l,r,r,r",
+            [ptrs.to(tl.int64), values, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=2,
+        )
+    else:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .b16 l, h; setp.ne.s32 p, $3, 0; mov.b32 {l, h}, $2;"
+            " @p st.global.b16 [$1], l; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [ptrs.to(tl.int64), bits, mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 # What changes from step to step must not compile the kernel anew.
@@ -350,7 +355,6 @@ def _prefill_cmp_kernel(
     CHECK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
-    Q_REGISTERS: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK_Q * BLOCK_H
@@ -387,12 +391,6 @@ def _prefill_cmp_kernel(
     if BLOCK_D2 > 0:
         offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
         q2 = _load_tile(q_rows, offs_d2, mask_m, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
-    if Q_REGISTERS:
-        # What a load returns is multiplied from shared memory, what an operation returns from
-        # registers.
-        q = tl.where(mask_m[:, None], q, 0.0)
-        if BLOCK_D2 > 0:
-            q2 = tl.where(mask_m[:, None], q2, 0.0)
     # Rows of the output: the tile's first in 64 bits, the others from there in 32.
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     out_row = (start - first_token).to(tl.int64) * NUM_HEADS + kv_head * GROUP_SIZE
@@ -406,13 +404,18 @@ def _prefill_cmp_kernel(
     STEP_PAGES: tl.constexpr = BLOCK_N // ENTRIES
     STEP_UNITS: tl.constexpr = STEP_PAGES if MAP_BLOCKS else BLOCK_N
     TILE_UNITS: tl.constexpr = STEP_UNITS // STEP_TILES
-    offs_u = tl.arange(0, BLOCK_U if MAP_BLOCKS else BLOCK_N)
+    offs_u = tl.arange(0, BLOCK_U)
+    if WITH_SCORES:
+        UNIT_DTYPE: tl.constexpr = units_ptr.dtype.element_ty
+        offs_tile = offs_row * num_score_tiles
+        offs_units = (offs_tile * TILE_UNITS)[:, None] + offs_u[None, :]
     if MAP_BLOCKS:
-        # Column j counts the strides that entry e shares with the step's block j. Small integers:
-        # exact in any dtype.
+        # Column j counts the strides that an entry shares with the step's block j, if both are of
+        # the same score tile. Small integers: exact in any dtype.
         past = offs_n[:, None] - offs_u[None, :] * ENTRIES
         shared = tl.minimum(past, ENTRIES - 1) - tl.maximum(past - (WINDOW_STRIDES - 1), 0) + 1
-        shared = tl.maximum(shared, 0)
+        is_own = offs_n[:, None] // TILE_E == offs_u[None, :] // TILE_UNITS
+        shared = tl.where(is_own, tl.maximum(shared, 0), 0)
         # bf16 also beside fp16 keys: it keeps probabilities that fp16 flushes to 0.
         P_DTYPE: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
         weights = shared.to(tl.float32).to(P_DTYPE)
@@ -447,8 +450,12 @@ def _prefill_cmp_kernel(
             seen = mask_n[None, :] & (entry[None, :] < visible[:, None])
             s = tl.where(seen, s, float("-inf"))
         # The scale is positive, so it commutes with the maximum and joins the subtraction.
-        m_tile = tl.max(s, axis=1) * scale
-        m_new = tl.maximum(m_i, m_tile)
+        if STEP_TILES == 2:
+            m_tile, m_tile1 = tl.split(tl.max(tl.reshape(s, [BLOCK_M, 2, TILE_E]), axis=2) * scale)
+            m_new = tl.maximum(m_i, tl.maximum(m_tile, m_tile1))
+        else:
+            m_tile = tl.max(s, axis=1) * scale
+            m_new = tl.maximum(m_i, m_tile)
         m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - m_ref[:, None])
         alpha = tl.exp2(m_i - m_ref)
@@ -468,30 +475,29 @@ def _prefill_cmp_kernel(
             # maximum leaves of the others would vanish in fp16.
             rescale = tl.exp2(tl.minimum(m_ref - m_tile, 126.0))
             first_tile = out_row * num_score_tiles + step * STEP_TILES
-            tile = offs_row * num_score_tiles
-            for t in tl.static_range(STEP_TILES):
-                mask_t = mask_m & (step * STEP_TILES + t < num_score_tiles)
-                _store(tile_max_ptr + first_tile + t + tile, m_tile, mask_t, DIRECT)
+            _store(tile_max_ptr + first_tile + offs_tile, m_tile, mask_m, DIRECT, False)
             if WITH_SPILL:
-                # The entries that share strides with the block before the step.
-                spill = _spill(p, offs_n, WINDOW_STRIDES) * rescale
-                spill = spill.to(units_ptr.dtype.element_ty)
-                _store(spill_ptr + first_tile + tile, spill, mask_m, DIRECT)
-                for t in tl.static_range(1, STEP_TILES):
-                    # One step's tiles share a reference: the block before has its part already.
-                    mask_t = mask_m & (step * STEP_TILES + t < num_score_tiles)
-                    zeros = tl.zeros_like(spill)
-                    _store(spill_ptr + first_tile + t + tile, zeros, mask_t, DIRECT)
-            units = (units * rescale[:, None]).to(units_ptr.dtype.element_ty)
-            mask_u = mask_m[:, None]
-            if STEP_UNITS < units.shape[1]:
+                spill = (_spill(p, offs_n, WINDOW_STRIDES) * rescale).to(UNIT_DTYPE)
+                _store(spill_ptr + first_tile + offs_tile, spill, mask_m, DIRECT, False)
+            if STEP_TILES == 2:
+                mask_t = mask_m & (step * 2 + 1 < num_score_tiles)
+                rescale1 = tl.exp2(tl.minimum(m_ref - m_tile1, 126.0))
+                _store(tile_max_ptr + first_tile + 1 + offs_tile, m_tile1, mask_t, DIRECT, False)
+                if WITH_SPILL:
+                    spill = (_spill(p, offs_n - TILE_E, WINDOW_STRIDES) * rescale1).to(UNIT_DTYPE)
+                    _store(spill_ptr + first_tile + 1 + offs_tile, spill, mask_t, DIRECT, False)
+                is_first = (offs_u < TILE_UNITS)[None, :]
+                units *= tl.where(is_first, rescale[:, None], rescale1[:, None])
+            else:
+                units *= rescale[:, None]
+            mask_u = tl.broadcast_to(mask_m[:, None], units.shape)
+            if STEP_UNITS < BLOCK_U:
                 mask_u = mask_u & (offs_u < STEP_UNITS)[None, :]
             if STEP_TILES > 1:
-                units_left = num_score_tiles * TILE_UNITS - step * STEP_UNITS
+                units_left = (num_score_tiles - step * STEP_TILES) * TILE_UNITS
                 mask_u = mask_u & (offs_u < units_left)[None, :]
-            ptrs = units_ptr + first_tile * TILE_UNITS
-            ptrs += (tile * TILE_UNITS)[:, None] + offs_u[None, :]
-            _store(ptrs, units, mask_u.broadcast_to(units.shape), DIRECT)
+            units_ptrs = units_ptr + first_tile * TILE_UNITS + offs_units
+            _store(units_ptrs, units.to(UNIT_DTYPE), mask_u, DIRECT, True)
 
     lse2 = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
     tl.store(lse2_ptr + out_row + offs_row, lse2, mask=mask_m)

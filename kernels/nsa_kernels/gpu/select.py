@@ -155,7 +155,8 @@ def decode_select(
     num_pages: int,
     check: bool = False,
     launch_pdl: bool = False,
-    num_warps: int = 8,
+    start_next: bool = False,
+    num_warps: int = 4,
     early_bytes: int = EARLY_BYTES,
 ) -> None:
     """Select the blocks of decode rows: a program per chunk of blocks, the last one merges.
@@ -163,6 +164,7 @@ def decode_select(
     lse2_part: [Nd, HQ, splits] fp32. seq_lens: [B], page_table: [B, P] int32; written before the
     kernel in front began. block_indices, block_pages: [Nd, H, S] int32, written. counters: [Nd * H]
     int32 zeros, and zeros afterwards. constants: of `select_constants`, as units were written.
+    launch_pdl: start while the kernel in front ends; start_next: let the next one do so.
     Tuning: num_warps; early_bytes, up to which size units are read before the row's length is.
     """
     num_rows, num_kv_heads, num_selected = block_indices.shape
@@ -198,6 +200,7 @@ def decode_select(
         EARLY=is_early,
         CHECK=check,
         PDL=launch_pdl,
+        START_NEXT=start_next,
         num_warps=num_warps,
         debug=check,
         **({"launch_pdl": True} if launch_pdl else {}),
@@ -943,11 +946,12 @@ def _decode_select_kernel(
     EARLY: tl.constexpr,
     CHECK: tl.constexpr,
     PDL: tl.constexpr,
+    START_NEXT: tl.constexpr,
 ):
     """One program is one chunk of the blocks of a row and KV head."""
     NUM_KEYS: tl.constexpr = TILES * TILE_BLOCKS
     TILE_UNITS: tl.constexpr = TILE_BLOCKS * ENTRIES if MAX_POOL else TILE_BLOCKS
-    if PDL:
+    if START_NEXT:
         tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
