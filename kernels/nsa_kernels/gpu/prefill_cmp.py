@@ -32,6 +32,9 @@ from nsa_kernels.spec import NSASpec
 # Shared memory for a program's operands: Hopper's 227 KB less what layout conversions use.
 PIPELINE_BYTES = 208 << 10
 
+# Rows of the cache, and elements of one program's workspace, that 32-bit offsets reach.
+NARROW_LIMIT = 1 << 31
+
 
 @dataclass(frozen=True, slots=True)
 class CmpScores:
@@ -80,7 +83,6 @@ def prefill_cmp(
     row_split: int | None = None,
     num_warps: int = 8,
     num_stages: int | None = None,
-    max_registers: int | None = None,
     direct_stores: bool | None = None,
     fp32_precision: str = "tf32x3",
 ) -> CmpScores:
@@ -93,11 +95,13 @@ def prefill_cmp(
     with_output, with_scores: what is wanted beside lse2. out: [T, HQ, Dv], contiguous; o_cmp is
     written into its rows [first_token, first_token + R) instead of into a new tensor.
     check: assert on the device that every page id is one of the cache's.
-    Tuning: tiles_per_step, score tiles of one loop step; row_split, programs that share a tile;
+    Tuning: tiles_per_step, score tiles of one loop step, 1 or 2; row_split, programs that share a
+    tile; direct_stores, whether scores go to memory without a turn through shared memory;
     fp32_precision, how `tl.dot` multiplies fp32: three tf32 products keep about 22 bits, and
     "ieee" has no tensor cores and spills registers.
 
-    Raises ValueError when nothing is wanted, out has another shape or the scale is not positive.
+    Raises ValueError when nothing is wanted, out has another shape, the scale is not positive or
+    tiles_per_step is another number.
     """
     if not (with_output or with_scores):
         raise ValueError("with_output and with_scores are both False: nothing to compute")
@@ -119,6 +123,8 @@ def prefill_cmp(
         # Two tiles share the rescaling of the output, which only pays while registers last.
         is_small = max(head_dim, v_head_dim) <= 128 and not is_fp32
         tiles_per_step = 2 if is_small and maps_blocks else 1
+    if tiles_per_step not in (1, 2):
+        raise ValueError(f"tiles_per_step must be 1 or 2, got {tiles_per_step}")
     step_entries = tiles_per_step * tile_entries
     blocks_per_step = step_entries // entries_per_page
     if direct_stores is None:
@@ -157,6 +163,8 @@ def prefill_cmp(
             per_stage=step_entries * (query_width + block_dv * with_output),
             itemsize=q.element_size(),
         )
+    tile_elements = block_q * num_q_heads * num_score_tiles * _units_per_tile(spec)
+    num_rows = num_pages * num_kv_heads * entries_per_page
     grid = (tile_starts.shape[0] * row_split * num_kv_heads,)
     _prefill_cmp_kernel[grid](
         q,
@@ -203,10 +211,10 @@ def prefill_cmp(
         CHECK=check,
         STAGES=num_stages,
         PRECISION=fp32_precision,
+        WIDE=max(tile_elements, num_rows) >= NARROW_LIMIT,
         # The interpreter has no assembly.
         DIRECT=direct_stores and q.device.type != "cpu",
         num_warps=num_warps,
-        maxnreg=max_registers,
         debug=check,
     )
     return scores
@@ -355,6 +363,7 @@ def _prefill_cmp_kernel(
     CHECK: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     DIRECT: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK_Q * BLOCK_H
@@ -391,10 +400,12 @@ def _prefill_cmp_kernel(
     if BLOCK_D2 > 0:
         offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
         q2 = _load_tile(q_rows, offs_d2, mask_m, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
-    # Rows of the output: the tile's first in 64 bits, the others from there in 32.
+    # Rows of the output: the tile's first in 64 bits, the others from there in 32 if those do.
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     out_row = (start - first_token).to(tl.int64) * NUM_HEADS + kv_head * GROUP_SIZE
     offs_row = offs_m // BLOCK_H * NUM_HEADS + offs_m % BLOCK_H
+    if WIDE:
+        offs_row = offs_row.to(tl.int64)
     visible = (first_position + 1 + offs_m // BLOCK_H) // CMP_STRIDE
 
     # A page's compressed keys of one head are contiguous, so an entry is a row of [rows, D].
@@ -438,8 +449,9 @@ def _prefill_cmp_kernel(
         )
         if CHECK:
             tl.device_assert((page >= 0) & (page < num_pages) | ~mask_n, "page out of range")
-        # The wrapper sees to it that rows, though not elements, can be counted in 32 bits.
-        key_row = (page * (NUM_KV_HEADS * ENTRIES) + slot).to(tl.int64)
+        # Rows of the cache fit into 32 bits, though elements do not.
+        page_row = (page.to(tl.int64) if WIDE else page) * (NUM_KV_HEADS * ENTRIES)
+        key_row = (page_row + slot).to(tl.int64)
         k_rows = k_ptr + key_row * HEAD_DIM
         k = _load_tile(k_rows, offs_d, mask_n, HEAD_DIM, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
