@@ -237,16 +237,13 @@ def check(problem: Problem, scores: CmpScores, first: int = 0) -> None:
         offset += n
 
 
-@pytest.mark.parametrize(
-    ("name", "steps"),
-    [*((name, 1) for name in SPECS), ("paper", 2), ("fla", 2), ("max_pool", 2), ("wide", 2)],
-)
-def test_ragged_rows(name: str, steps: int) -> None:
+@pytest.mark.parametrize("name", SPECS)
+def test_ragged_rows(name: str) -> None:
     """Rows that see nothing, part of one tile, and several tiles; starts that no tile divides."""
     spec = SPECS[name]
     long = 2 * score_tile_entries(spec.cmp_entries_per_page) * spec.cmp_stride + 37
-    problem = make_problem(spec, [0, 3, long, 0], [1, 36, 50, spec.cmp_len - 1], heads=3 - steps)
-    check(problem, problem.run(tiles_per_step=steps))
+    problem = make_problem(spec, [0, 3, long, 0], [1, 36, 50, spec.cmp_len - 1])
+    check(problem, problem.run())
 
 
 @pytest.mark.parametrize("group", [1, 3, 16])
@@ -289,9 +286,8 @@ def test_output_and_scores_alone() -> None:
     check(problem, only_scores)
 
 
-@pytest.mark.parametrize("steps", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_scores_beside_an_attention_sink_keep_their_digits(dtype: torch.dtype, steps: int) -> None:
+def test_scores_beside_an_attention_sink_keep_their_digits(dtype: torch.dtype) -> None:
     """One key 2^40 times as likely as the rest: what the rest score must not vanish in fp16."""
     problem = make_problem(PAPER, [3000], [8], heads=1, group=8, dim=32, dtype=dtype)
     k, _ = problem.windows[0]
@@ -299,7 +295,7 @@ def test_scores_beside_an_attention_sink_keep_their_digits(dtype: torch.dtype, s
     k[0] = 28 * problem.softmax_scale / problem.q.float().mean().item()
     page = int(problem.page_table[0, 0])
     problem.cache.k_cmp[page, :, 1] = k[0].to(DEVICE)
-    scores = problem.run(tiles_per_step=steps)
+    scores = problem.run()
     positions = torch.arange(3000, 3008)
     _, lse = reference.cmp_attention(
         problem.q.float().cpu(), *problem.windows[0], positions, PAPER, softmax_scale=32**-0.5
@@ -319,10 +315,10 @@ def test_row_split_gives_the_same() -> None:
         check(problem, problem.run(row_split=split))
 
 
-@pytest.mark.parametrize("num_score_tiles", [1, 2, 5])
+@pytest.mark.parametrize("num_score_tiles", [1, 5])
 def test_more_score_tiles_than_needed(num_score_tiles: int) -> None:
     problem = make_problem(PAPER, [1000], [24])
-    check(problem, problem.run(num_score_tiles=num_score_tiles, tiles_per_step=2))
+    check(problem, problem.run(num_score_tiles=num_score_tiles))
 
 
 def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +331,6 @@ def test_bad_arguments_say_what_was_expected() -> None:
     problem = make_problem(PAPER, [0], [40])
     with pytest.raises(ValueError, match="nothing to compute"):
         problem.run(with_output=False, with_scores=False)
-    with pytest.raises(ValueError, match="tiles_per_step must be 1 or 2, got 4"):
-        problem.run(tiles_per_step=4)
     problem.softmax_scale = 0.0
     with pytest.raises(ValueError, match=r"softmax_scale must be positive, got 0\.0"):
         problem.run()
@@ -349,6 +343,8 @@ def test_bad_arguments_say_what_was_expected() -> None:
     [
         (torch.bfloat16, 16, 128, 128),
         (torch.bfloat16, 16, 192, 128),
+        (torch.bfloat16, 16, 256, 256),
+        (torch.bfloat16, 128, 64, 64),
         (torch.bfloat16, 1, 128, 128),
         (torch.bfloat16, 3, 96, 96),
         (torch.bfloat16, 64, 128, 128),
@@ -367,18 +363,10 @@ def test_full_size(dtype: torch.dtype, group: int, dim: int, v_dim: int) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
-@pytest.mark.parametrize("direct", [True, False])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"tiles_per_step": 1},
-        {"tiles_per_step": 2},
-        {"tiles_per_step": 1, "row_split": 2, "num_warps": 4, "num_stages": 2},
-    ],
-)
+@pytest.mark.parametrize("options", [{}, {"row_split": 1, "num_warps": 8, "num_stages": 3}])
 @pytest.mark.parametrize("name", ["paper", "fla", "max_pool", "wide"])
-def test_full_size_tuning(name: str, options: dict[str, int], direct: bool) -> None:
+def test_full_size_tuning(name: str, options: dict[str, int]) -> None:
     problem = make_problem(
         SPECS[name], [5000, 0], [500, 90], group=16, dim=128, v_dim=128, dtype=torch.bfloat16
     )
-    check(problem, problem.run(check=False, direct_stores=direct, **options))
+    check(problem, problem.run(check=False, **options))

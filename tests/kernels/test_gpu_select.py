@@ -8,8 +8,9 @@ from torch import Tensor
 
 from nsa_kernels import reference
 from nsa_kernels.gpu.common import score_tile_entries
+from nsa_kernels.gpu.decode_select import decode_select
 from nsa_kernels.gpu.prefill_cmp import CmpScores
-from nsa_kernels.gpu.select import decode_select, select_blocks, select_constants
+from nsa_kernels.gpu.select import select_blocks, select_constants
 from nsa_kernels.spec import NSASpec
 from tests.kernels.gpu_util import DEVICE
 from tests.kernels.problem import FLA, LEGACY, MAX_POOL, PAPER

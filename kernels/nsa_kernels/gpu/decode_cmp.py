@@ -2,7 +2,7 @@
 
 A program is one split of the compressed keys of one row and KV head. The one that owns the newest
 entry first writes the token, and the compressed entry that it completes, to the cache. Selection
-is a kernel of its own (`select.decode_select`): at the end of this one it would keep its registers
+is a kernel of its own (`decode_select`): at the end of this one it would keep its registers
 from every program, for the sake of the few that select.
 
 Legend: Nd decode rows (the tokens 0 .. Nd-1), HQ query heads, H KV heads, G = HQ // H, D width of
@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.gpu.common import LOG2E
-from nsa_kernels.gpu.select import CHUNK_BLOCKS, decode_select, select_constants
+from nsa_kernels.gpu.decode_select import decode_select
+from nsa_kernels.gpu.select import CHUNK_BLOCKS, select_constants
 from nsa_kernels.metadata import BranchKV, LayerCache
 from nsa_kernels.spec import NSASpec
 

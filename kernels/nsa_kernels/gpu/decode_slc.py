@@ -92,8 +92,11 @@ def default_config(
     num_groups *= triton.cdiv(num_q_heads // num_kv_heads, head_tile)
 
     small = head_tile <= 16 and max(head_dim, v_head_dim) <= 128 and not is_fp32
-    # Three would fit where registers allow, but two are faster: a program is long, its merge short.
+    # Two programs a multiprocessor; three, where registers allow, if a row's work would else be cut
+    # in the two kinds only: the selected blocks are nearly twice the window.
     programs = 2 * num_sms // num_groups
+    if small:
+        programs = max(programs, min(3, 3 * num_sms // num_groups))
     cmp_rows = num_cmp_splits * head_tile
     cmp_programs = 0
     if num_cmp_splits > _MAX_FOLDED_CMP_SPLITS:

@@ -1,9 +1,10 @@
 """Prefill attention over the compressed keys of paged sequences, with block-score units.
 
-One program is one tile of queries, (token, head) pairs of one KV head, against all of their visible
-compressed entries. A flash-attention loop that also leaves behind what selection needs: the
-probabilities of every score tile, mapped to blocks, relative to the tile's own maximum, because
-the final log-sum-exp is not known yet (paper, Eq. 8 to 10; `reference.block_scores`).
+One program is a tile of queries, (token, head) pairs of one KV head, or a part of the tile, against
+all of their visible compressed entries. A flash-attention loop that also leaves behind what
+selection needs: the probabilities of every score tile, mapped to blocks, relative to the tile's own
+maximum, because the final log-sum-exp is not known yet (paper, Eq. 8 to 10;
+`reference.block_scores`).
 
 Legend: T tokens of the step, R tokens of the sub-chunk, B rows, HQ query heads, H KV heads,
 G = HQ // H, D width of keys, Dv of values, P pages of the longest row, E compressed entries a page,
@@ -31,6 +32,9 @@ from nsa_kernels.spec import NSASpec
 
 # Shared memory for a program's operands: Hopper's 227 KB less what layout conversions use.
 PIPELINE_BYTES = 208 << 10
+
+# The same for each of two programs on an SM.
+PAIR_BYTES = 106 << 10
 
 # Rows of the cache, and elements of one program's workspace, that 32-bit offsets reach.
 NARROW_LIMIT = 1 << 31
@@ -79,11 +83,9 @@ def prefill_cmp(
     with_scores: bool = True,
     out: Tensor | None = None,
     check: bool = False,
-    tiles_per_step: int | None = None,
     row_split: int | None = None,
-    num_warps: int = 8,
+    num_warps: int | None = None,
     num_stages: int | None = None,
-    direct_stores: bool | None = None,
     fp32_precision: str = "tf32x3",
 ) -> CmpScores:
     """Attend from the tokens [first_token, first_token + R) to the compressed entries before them.
@@ -95,13 +97,13 @@ def prefill_cmp(
     with_output, with_scores: what is wanted beside lse2. out: [T, HQ, Dv], contiguous; o_cmp is
     written into its rows [first_token, first_token + R) instead of into a new tensor.
     check: assert on the device that every page id is one of the cache's.
-    Tuning: tiles_per_step, score tiles of one loop step, 1 or 2; row_split, programs that share a
-    tile; direct_stores, whether scores go to memory without a turn through shared memory;
-    fp32_precision, how `tl.dot` multiplies fp32: three tf32 products keep about 22 bits, and
-    "ieee" has no tensor cores and spills registers.
+    Tuning: row_split, programs that share a tile of queries; num_warps and num_stages of one.
+    16-bit inputs take two programs of 4 warps and 2 stages where an SM holds two of them without
+    spills, one hiding the other's stores and softmax; else one of 8 warps. fp32_precision, how
+    `tl.dot` multiplies fp32: three tf32 products keep about 22 bits, and "ieee" has no tensor
+    cores and spills registers.
 
-    Raises ValueError when nothing is wanted, out has another shape, the scale is not positive or
-    tiles_per_step is another number.
+    Raises ValueError when nothing is wanted, out has another shape or the scale is not positive.
     """
     if not (with_output or with_scores):
         raise ValueError("with_output and with_scores are both False: nothing to compute")
@@ -110,27 +112,9 @@ def prefill_cmp(
     _, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, entries_per_page, v_head_dim = cache.v_cmp.shape
     group_size = num_q_heads // num_kv_heads
-    is_fp32 = q.dtype == torch.float32
     tile_entries = score_tile_entries(entries_per_page)
     block_q, padded_group = prefill_block_q(group_size), block_h(group_size)
-
-    if row_split is None:
-        # fp32 operands go through registers, in three parts each: fewer rows, fewer spills.
-        row_split = 4 if is_fp32 else 1
-    row_split = min(row_split, block_q)
     maps_blocks = spec.score_map == "overlap" and entries_per_page > 1
-    if tiles_per_step is None:
-        # Two tiles share the rescaling of the output, which only pays while registers last.
-        is_small = max(head_dim, v_head_dim) <= 128 and not is_fp32
-        tiles_per_step = 2 if is_small and maps_blocks else 1
-    if tiles_per_step not in (1, 2):
-        raise ValueError(f"tiles_per_step must be 1 or 2, got {tiles_per_step}")
-    step_entries = tiles_per_step * tile_entries
-    blocks_per_step = step_entries // entries_per_page
-    if direct_stores is None:
-        # The units of unmapped entries are whole lines, which `tl.store` writes in fewer pieces.
-        direct_stores = maps_blocks
-
     has_spill = spec.score_map == "overlap" and spec.strides_per_window > 1
     unit_dtype = score_unit_dtype(q.dtype)
     o_cmp = units = spill = tile_max = None
@@ -154,15 +138,23 @@ def prefill_cmp(
     low_d, high_d = _split_dim(head_dim)
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
     # Columns of the product that maps entries to blocks.
-    block_u = max(16, blocks_per_step) if maps_blocks else step_entries
+    block_u = max(16, tile_entries // entries_per_page) if maps_blocks else tile_entries
+    query_bytes = block_q * padded_group * (low_d + high_d) * q.element_size()
+    weight_bytes = tile_entries * block_u * maps_blocks * q.element_size()
+    stage_bytes = tile_entries * (low_d + high_d + block_dv * with_output) * q.element_size()
+    is_fp32 = q.dtype == torch.float32
+    half_bytes = query_bytes // 2 + weight_bytes + 2 * stage_bytes
+    # Wider outputs than 128 spill in 4 warps.
+    is_pair = not is_fp32 and block_q > 1 and block_dv <= 128 and half_bytes <= PAIR_BYTES
+    if row_split is None:
+        # fp32 operands go through registers, in three parts each: fewer rows, fewer spills.
+        row_split = 4 if is_fp32 else 2 if is_pair else 1
+    row_split = min(row_split, block_q)
+    if num_warps is None:
+        num_warps = 4 if is_pair else 8
     if num_stages is None:
-        query_width = low_d + high_d
-        num_stages = _num_stages(
-            fixed=block_q // row_split * padded_group * query_width
-            + step_entries * block_u * maps_blocks,
-            per_stage=step_entries * (query_width + block_dv * with_output),
-            itemsize=q.element_size(),
-        )
+        fixed_bytes = query_bytes // row_split + weight_bytes
+        num_stages = 2 if is_pair else max(1, min(3, (PIPELINE_BYTES - fixed_bytes) // stage_bytes))
     tile_elements = block_q * num_q_heads * num_score_tiles * _units_per_tile(spec)
     num_rows = num_pages * num_kv_heads * entries_per_page
     grid = (tile_starts.shape[0] * row_split * num_kv_heads,)
@@ -201,8 +193,7 @@ def prefill_cmp(
         BLOCK_D=low_d,
         BLOCK_D2=high_d,
         BLOCK_DV=block_dv,
-        TILE_E=tile_entries,
-        STEP_TILES=tiles_per_step,
+        BLOCK_N=tile_entries,
         BLOCK_U=block_u,
         MAP_BLOCKS=maps_blocks,
         WITH_SPILL=has_spill,
@@ -212,8 +203,6 @@ def prefill_cmp(
         STAGES=num_stages,
         PRECISION=fp32_precision,
         WIDE=max(tile_elements, num_rows) >= NARROW_LIMIT,
-        # The interpreter has no assembly.
-        DIRECT=direct_stores and q.device.type != "cpu",
         num_warps=num_warps,
         debug=check,
     )
@@ -226,12 +215,6 @@ def _units_per_tile(spec: NSASpec) -> int:
     if spec.score_map == "max_pool":
         return tile_entries
     return tile_entries // spec.cmp_entries_per_page
-
-
-def _num_stages(*, fixed: int, per_stage: int, itemsize: int) -> int:
-    """Stages of the loop that fit into shared memory beside `fixed` elements of operands."""
-    free = PIPELINE_BYTES - fixed * itemsize
-    return max(1, min(3, free // (per_stage * itemsize)))
 
 
 def _split_dim(dim: int) -> tuple[int, int]:
@@ -262,49 +245,8 @@ def _spill(p, offs_e, WINDOW_STRIDES: tl.constexpr):
         # One entry: a sum of integers, from which the compiler drops the other columns.
         bits = tl.where((offs_e == 0)[None, :], p.to(tl.int32, bitcast=True), 0)
         return tl.sum(bits, axis=1).to(tl.float32, bitcast=True)
-    shared = tl.where(offs_e >= 0, tl.maximum(WINDOW_STRIDES - 1 - offs_e, 0), 0)
+    shared = tl.maximum(WINDOW_STRIDES - 1 - offs_e, 0)
     return tl.sum(p * shared.to(tl.float32)[None, :], axis=1)
-
-
-@triton.jit
-def _store(ptrs, values, mask, DIRECT: tl.constexpr, PAIRS: tl.constexpr):
-    """Store values from the registers in which they are, if DIRECT.
-
-    `tl.store` exchanges them through shared memory first, and all warps wait for each other.
-    PAIRS: two neighbours of a row that share a register of 32 bits are one store.
-    """
-    if not DIRECT:
-        tl.store(ptrs, values, mask=mask)
-    elif values.dtype.primitive_bitwidth == 32:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $3, 0; @p st.global.b32 [$1], $2; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [ptrs.to(tl.int64), values.to(tl.int32, bitcast=True), mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    elif PAIRS:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $5, 0; @p st.global.b32 [$2], $4;"
-            " mov.b32 $0, 0; mov.b32 $1, 0; }",
-            "=r,=r,l,l,r,r,r",
-            [ptrs.to(tl.int64), values, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=2,
-        )
-    else:
-        bits = values.to(tl.int16, bitcast=True).to(tl.int32)
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; .reg .b16 l, h; setp.ne.s32 p, $3, 0; mov.b32 {l, h}, $2;"
-            " @p st.global.b16 [$1], l; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [ptrs.to(tl.int64), bits, mask.to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 # What changes from step to step must not compile the kernel anew.
@@ -353,8 +295,7 @@ def _prefill_cmp_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    TILE_E: tl.constexpr,
-    STEP_TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_U: tl.constexpr,
     MAP_BLOCKS: tl.constexpr,
     WITH_SPILL: tl.constexpr,
@@ -364,10 +305,8 @@ def _prefill_cmp_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
-    DIRECT: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BLOCK_Q * BLOCK_H
-    BLOCK_N: tl.constexpr = STEP_TILES * TILE_E
     HAS_HEAD: tl.constexpr = WINDOW_STRIDES > 1
     ROW_SPLIT: tl.constexpr = TILE_TOKENS // BLOCK_Q
 
@@ -412,24 +351,21 @@ def _prefill_cmp_kernel(
     page_ptrs = page_table_ptr + row.to(tl.int64) * stride_pb + offs_n // ENTRIES
     slot = kv_head * ENTRIES + offs_n % ENTRIES
     offs_dv = tl.arange(0, BLOCK_DV)
-    STEP_PAGES: tl.constexpr = BLOCK_N // ENTRIES
-    STEP_UNITS: tl.constexpr = STEP_PAGES if MAP_BLOCKS else BLOCK_N
-    TILE_UNITS: tl.constexpr = STEP_UNITS // STEP_TILES
+    TILE_PAGES: tl.constexpr = BLOCK_N // ENTRIES
+    TILE_UNITS: tl.constexpr = TILE_PAGES if MAP_BLOCKS else BLOCK_N
     offs_u = tl.arange(0, BLOCK_U)
     if WITH_SCORES:
         UNIT_DTYPE: tl.constexpr = units_ptr.dtype.element_ty
         offs_tile = offs_row * num_score_tiles
         offs_units = (offs_tile * TILE_UNITS)[:, None] + offs_u[None, :]
     if MAP_BLOCKS:
-        # Column j counts the strides that an entry shares with the step's block j, if both are of
-        # the same score tile. Small integers: exact in any dtype.
+        # Column j counts the strides that an entry shares with the tile's block j. Small integers:
+        # exact in any dtype.
         past = offs_n[:, None] - offs_u[None, :] * ENTRIES
         shared = tl.minimum(past, ENTRIES - 1) - tl.maximum(past - (WINDOW_STRIDES - 1), 0) + 1
-        is_own = offs_n[:, None] // TILE_E == offs_u[None, :] // TILE_UNITS
-        shared = tl.where(is_own, tl.maximum(shared, 0), 0)
         # bf16 also beside fp16 keys: it keeps probabilities that fp16 flushes to 0.
         P_DTYPE: tl.constexpr = tl.float32 if q.dtype == tl.float32 else tl.bfloat16
-        weights = shared.to(tl.float32).to(P_DTYPE)
+        weights = tl.maximum(shared, 0).to(tl.float32).to(P_DTYPE)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -445,7 +381,7 @@ def _prefill_cmp_kernel(
         entry = step * BLOCK_N + offs_n
         mask_n = (entry >= WINDOW_STRIDES - 1) & (entry < num_visible)
         next_page = tl.load(
-            page_ptrs + (step + 1) * STEP_PAGES, mask=entry + BLOCK_N < num_visible, other=0
+            page_ptrs + (step + 1) * TILE_PAGES, mask=entry + BLOCK_N < num_visible, other=0
         )
         if CHECK:
             tl.device_assert((page >= 0) & (page < num_pages) | ~mask_n, "page out of range")
@@ -462,12 +398,8 @@ def _prefill_cmp_kernel(
             seen = mask_n[None, :] & (entry[None, :] < visible[:, None])
             s = tl.where(seen, s, float("-inf"))
         # The scale is positive, so it commutes with the maximum and joins the subtraction.
-        if STEP_TILES == 2:
-            m_tile, m_tile1 = tl.split(tl.max(tl.reshape(s, [BLOCK_M, 2, TILE_E]), axis=2) * scale)
-            m_new = tl.maximum(m_i, tl.maximum(m_tile, m_tile1))
-        else:
-            m_tile = tl.max(s, axis=1) * scale
-            m_new = tl.maximum(m_i, m_tile)
+        m_tile = tl.max(s, axis=1) * scale
+        m_new = tl.maximum(m_i, m_tile)
         m_ref = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2(s * scale - m_ref[:, None])
         alpha = tl.exp2(m_i - m_ref)
@@ -486,30 +418,17 @@ def _prefill_cmp_kernel(
             # Relative to the tile's own maximum: beside an attention sink, what the running
             # maximum leaves of the others would vanish in fp16.
             rescale = tl.exp2(tl.minimum(m_ref - m_tile, 126.0))
-            first_tile = out_row * num_score_tiles + step * STEP_TILES
-            _store(tile_max_ptr + first_tile + offs_tile, m_tile, mask_m, DIRECT, False)
+            first_tile = out_row * num_score_tiles + step
+            tl.store(tile_max_ptr + first_tile + offs_tile, m_tile, mask=mask_m)
             if WITH_SPILL:
-                spill = (_spill(p, offs_n, WINDOW_STRIDES) * rescale).to(UNIT_DTYPE)
-                _store(spill_ptr + first_tile + offs_tile, spill, mask_m, DIRECT, False)
-            if STEP_TILES == 2:
-                mask_t = mask_m & (step * 2 + 1 < num_score_tiles)
-                rescale1 = tl.exp2(tl.minimum(m_ref - m_tile1, 126.0))
-                _store(tile_max_ptr + first_tile + 1 + offs_tile, m_tile1, mask_t, DIRECT, False)
-                if WITH_SPILL:
-                    spill = (_spill(p, offs_n - TILE_E, WINDOW_STRIDES) * rescale1).to(UNIT_DTYPE)
-                    _store(spill_ptr + first_tile + 1 + offs_tile, spill, mask_t, DIRECT, False)
-                is_first = (offs_u < TILE_UNITS)[None, :]
-                units *= tl.where(is_first, rescale[:, None], rescale1[:, None])
-            else:
-                units *= rescale[:, None]
+                spill = _spill(p, offs_n, WINDOW_STRIDES) * rescale
+                tl.store(spill_ptr + first_tile + offs_tile, spill.to(UNIT_DTYPE), mask=mask_m)
+            units *= rescale[:, None]
             mask_u = tl.broadcast_to(mask_m[:, None], units.shape)
-            if STEP_UNITS < BLOCK_U:
-                mask_u = mask_u & (offs_u < STEP_UNITS)[None, :]
-            if STEP_TILES > 1:
-                units_left = (num_score_tiles - step * STEP_TILES) * TILE_UNITS
-                mask_u = mask_u & (offs_u < units_left)[None, :]
+            if TILE_UNITS < BLOCK_U:
+                mask_u = mask_u & (offs_u < TILE_UNITS)[None, :]
             units_ptrs = units_ptr + first_tile * TILE_UNITS + offs_units
-            _store(units_ptrs, units.to(UNIT_DTYPE), mask_u, DIRECT, True)
+            tl.store(units_ptrs, units.to(UNIT_DTYPE), mask=mask_u)
 
     lse2 = tl.where(l_i > 0, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), float("-inf"))
     tl.store(lse2_ptr + out_row + offs_row, lse2, mask=mask_m)
