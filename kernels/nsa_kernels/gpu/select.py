@@ -4,15 +4,12 @@ The compression kernels leave, for each query head and score tile, probabilities
 maximum of the tile's own ("units"); with the final log-sum-exp they become block scores here
 (paper, Eq. 8 to 11; `reference.block_scores` and `reference.select_blocks`).
 
-Top-n works on int32 keys, the bits of a score (never negative, so they order like it), and -1 for
-what is no candidate. Constants, keys and the max-pooled scores are for decode too, whose top-n is
+Scores become int32 keys, their bits (never negative, so they order like the score), and -1 for what
+is no candidate. Constants, keys and the max-pooled scores are for decode too, whose top-n is
 another one (`decode_select`).
 
-Prefill wants throughput, a warp for a row. The n-th largest of the maxima of small groups bounds
-the n-th largest key from below, and usually only a few keys lie between the two; the threshold
-rises over these one by one. So there is no sort, every reduction is of one 32-bit word, and few of
-them go over all keys. The chosen are then bits of a word for every 16 keys, and written out from
-lowest to highest.
+Prefill wants throughput, a warp for a row. Key and block make one 64-bit number, so that no two are
+equal and ties need no care; the largest is taken n times.
 
 Legend: R prefill tokens (rows of the workspace), HQ query heads, H KV heads, G = HQ // H, S blocks
 to select, E compressed entries a page, NT score tiles of TB blocks.
@@ -33,11 +30,8 @@ CHUNK_ENTRIES = 2048
 # Bits of +inf: above the key of every finite score.
 FORCED_KEY = tl.constexpr(0x7F800000)
 MAX_INT = tl.constexpr(0x7FFFFFFF)
-# Keys of a word, of whose 32 bits the upper half counts; and the least that is sorted out at once.
-WORD = tl.constexpr(16)
+# Fewest keys of a program.
 MIN_KEYS = tl.constexpr(128)
-# Keys above the first threshold that are taken away one by one, before bisection is faster.
-MAX_STEPS = tl.constexpr(16)
 
 
 def select_constants(
@@ -94,7 +88,7 @@ def select_blocks(
 ) -> Tensor:
     """Select the blocks of R prefill tokens at `positions` [R] int32: -> [R, H, S] int32.
 
-    A row's blocks are in no particular order, the same in every run; -1 fills up at the end.
+    A row lists its free blocks by score, then the forced ones; -1 where there are fewer than S.
     out: where to write them, contiguous. Tuning: chunk_blocks, heads_per_step (heads whose units
     are loaded together), num_warps.
 
@@ -133,10 +127,10 @@ def select_blocks(
 
 
 def new_candidates(like: Tensor, rows: tuple[int, int], constants: dict[str, int | bool]) -> Tensor:
-    """Workspace for the winners of every chunk, (key, block) pairs; empty if there is one chunk."""
+    """Workspace for the winners of every chunk; empty if there is one chunk."""
     num_chunks = constants["MAX_CHUNKS"]
-    size = 2 * num_chunks * constants["BLOCK_S"] if num_chunks > 1 else 0
-    return like.new_empty((*rows, size), dtype=torch.int32)
+    size = num_chunks * constants["BLOCK_S"] if num_chunks > 1 else 0
+    return like.new_empty((*rows, size), dtype=torch.int64)
 
 
 @triton.jit
@@ -266,89 +260,47 @@ def max_pool_scores(
 
 
 @triton.jit
-def _count_above(keys, threshold):
-    return tl.sum((keys > threshold).to(tl.int32))
+def _values(keys, block):
+    """One number for a key and its block, ordered by key, then by the lower block; -1 for none."""
+    value = (keys.to(tl.int64) << 32) | (block ^ MAX_INT).to(tl.int64)
+    return tl.where(keys >= 0, value, -1)
 
 
 @triton.jit
-def _words(picked):
-    """For every WORD flags of [rows, columns]: one bit each, and their number times 2^16."""
-    NUM_WORDS: tl.constexpr = picked.shape[0] * picked.shape[1] // WORD
-    value = (1 << tl.arange(0, WORD)) | 0x10000
-    flags = tl.reshape(picked.to(tl.int32), [NUM_WORDS, WORD])
-    return tl.sum(flags * value[None, :], axis=1)
+def _block_of(value):
+    """Block of a value, -1 for none."""
+    return tl.where(value >= 0, value.to(tl.int32) ^ MAX_INT, -1)
 
 
 @triton.jit
-def _top_words(keys, COUNT: tl.constexpr):
-    """Words of the COUNT largest keys [rows, columns], -1 excepted; of equal ones the first."""
-    NUM_KEYS: tl.constexpr = keys.shape[0] * keys.shape[1]
-    # Neighbours often score alike: pairs of them, and keys far away, share a group.
-    GROUPS: tl.constexpr = NUM_KEYS // 2 if NUM_KEYS <= 2 * MIN_KEYS else MIN_KEYS
-    LOW_BITS: tl.constexpr = GROUPS - 1
-    best = tl.max(tl.reshape(keys, [NUM_KEYS // (2 * GROUPS), GROUPS, 2]), axis=2)
-    best = tl.max(best, axis=0)
-    # Made unique by the group in the low bits, COUNT maxima are at least the last one's high bits.
-    best = (best & ~LOW_BITS) | (LOW_BITS - tl.arange(0, GROUPS))
-    bound = tl.max(best, axis=0)
-    for _ in range(COUNT - 1):
-        bound = tl.max(tl.where(best < bound, best, -1), axis=0)
-    start = tl.maximum((bound & ~LOW_BITS) - 1, -1)
-    above = _count_above(keys, start)
-    threshold = start
-    for _ in range(tl.minimum(above - COUNT, MAX_STEPS)):
-        threshold = tl.min(tl.where(keys > threshold, keys, MAX_INT))
-    words = _words(keys > threshold)
-    if (above > COUNT) & (tl.sum(words >> 16, axis=0) != COUNT):
-        # Ties, or more steps to take: bisect to the least threshold with fewer keys above.
-        low, high = start, start * 0 + FORCED_KEY
-        while high - low > 1:
-            middle = low + (high - low) // 2
-            is_low = _count_above(keys, middle) >= COUNT
-            low = tl.where(is_low, middle, low)
-            high = tl.where(is_low, high, middle)
-        # Of the keys that equal it, take those before a place that leaves enough.
-        is_tied = keys == high
-        place = tl.arange(0, keys.shape[0])[:, None] * keys.shape[1]
-        place = place + tl.arange(0, keys.shape[1])[None, :]
-        room = COUNT - _count_above(keys, high)
-        first, last = start * 0, start * 0 + NUM_KEYS
-        while first < last:
-            middle = (first + last) // 2
-            is_enough = tl.sum((is_tied & (place < middle)).to(tl.int32)) >= room
-            first = tl.where(is_enough, first, middle + 1)
-            last = tl.where(is_enough, middle, last)
-        words = _words((keys > high) | (is_tied & (place < last)))
-    return words
+def _keep_top(values, target_ptr, COUNT: tl.constexpr, AS_BLOCKS: tl.constexpr):
+    """Write the COUNT largest of values [rows, columns], largest first, -1 if there are fewer."""
+    for place in range(COUNT):
+        best = tl.max(tl.max(values, axis=1), axis=0)
+        tl.store(target_ptr + place, _block_of(best) if AS_BLOCKS else best)
+        values = tl.where(values == best, -1, values)
 
 
 @triton.jit
 def _pick(
-    keys,
-    block,
+    values,
     num_blocks,
+    target_ptr,
     NUM_SELECTED: tl.constexpr,
     NUM_FORCED: tl.constexpr,
     LEGACY: tl.constexpr,
+    AS_BLOCKS: tl.constexpr,
 ):
-    """Words of the chosen among keys [rows, columns] of `block`, by the rule of the dialect."""
+    """Write what the rule of the dialect chooses among values [rows, columns]."""
     if LEGACY:
+        # Its two halves come from the blocks before and in the last NUM_SELECTED.
         half: tl.constexpr = NUM_SELECTED // 2
-        present = block >= (num_blocks - 1) // NUM_SELECTED * NUM_SELECTED
-        words = _top_words(tl.where(present, -1, keys), half)
-        return words + _top_words(tl.where(present, keys, -1), half)
-    elif NUM_SELECTED == NUM_FORCED:
-        return _words(keys > MAX_INT)
+        border = (num_blocks - 1) // NUM_SELECTED * NUM_SELECTED
+        is_present = _block_of(values) >= border
+        _keep_top(tl.where(is_present, -1, values), target_ptr, half, AS_BLOCKS)
+        _keep_top(tl.where(is_present, values, -1), target_ptr + half, half, AS_BLOCKS)
     else:
-        return _top_words(keys, NUM_SELECTED - NUM_FORCED)
-
-
-@triton.jit
-def _next_place(bits):
-    """Place of the lowest bit of every word, and the bits without it. Void for 0."""
-    low = bits & -bits
-    # The exponent of a power of two.
-    return (low.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127, bits ^ low
+        _keep_top(values, target_ptr, NUM_SELECTED - NUM_FORCED, AS_BLOCKS)
 
 
 @triton.jit
@@ -380,7 +332,7 @@ def block_keys(
 
 
 @triton.jit
-def chunk_candidates(
+def _chunk_values(
     units_ptr,
     spill_ptr,
     tile_max_ptr,
@@ -396,13 +348,12 @@ def chunk_candidates(
     WINDOW_STRIDES: tl.constexpr,
     CMP_STRIDE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    NUM_SELECTED: tl.constexpr,
     NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     MAX_POOL: tl.constexpr,
     LEGACY: tl.constexpr,
 ):
-    """Pick from one chunk of TILES tiles: -> (words, keys [TILES, TILE_BLOCKS]).
+    """Values of the candidates in one chunk of TILES tiles: [TILES, TILE_BLOCKS].
 
     Forced blocks are no candidates, but the rule of LEGACY counts them with the others.
     """
@@ -413,92 +364,37 @@ def chunk_candidates(
         GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, MAX_POOL,
     )  # fmt: skip
     keys, block = block_keys(scores, chunk, num_blocks, NUM_INIT, NUM_LOCAL, LEGACY)
-    return _pick(keys, block, num_blocks, NUM_SELECTED, NUM_INIT + NUM_LOCAL, LEGACY), keys
+    return _values(keys, block)
 
 
 @triton.jit
-def store_candidates(
-    words, keys, candidates_ptr, chunk, MAX_CHUNKS: tl.constexpr, BLOCK_S: tl.constexpr
-):
-    """Keep what a chunk picked in the row's candidates: keys [MAX_CHUNKS, BLOCK_S], and blocks."""
-    NUM_KEYS: tl.constexpr = keys.shape[0] * keys.shape[1]
-    flat = tl.reshape(keys, [NUM_KEYS])
-    counts, bits = words >> 16, words & 0xFFFF
-    place = tl.cumsum(counts, axis=0) - counts
-    first = tl.arange(0, NUM_KEYS // WORD) * WORD
-    keys_ptr = candidates_ptr + chunk * BLOCK_S
-    blocks_ptr = keys_ptr + MAX_CHUNKS * BLOCK_S
-    for _ in range(tl.max(counts, axis=0)):
-        mask = bits != 0
-        bit, bits = _next_place(bits)
-        at = tl.where(mask, first + bit, 0)
-        tl.store(keys_ptr + place, tl.gather(flat, at, axis=0), mask=mask)
-        tl.store(blocks_ptr + place, chunk * NUM_KEYS + at, mask=mask)
-        place += 1
-    offs = tl.arange(0, BLOCK_S)
-    tl.store(keys_ptr + offs, -1, mask=offs >= tl.sum(counts, axis=0))
-
-
-@triton.jit
-def merge_candidates(
+def _merged_values(
     candidates_ptr,
-    position,
+    num_chunks,
     MAX_CHUNKS: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    TILES: tl.constexpr,
-    TILE_BLOCKS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    NUM_SELECTED: tl.constexpr,
-    NUM_FORCED: tl.constexpr,
-    LEGACY: tl.constexpr,
+    NUM_PICKED: tl.constexpr,
 ):
-    """Pick from the candidates of all chunks, which are in the order of blocks: -> words."""
-    COLUMNS: tl.constexpr = BLOCK_S if BLOCK_S >= WORD else WORD
-    LEAST: tl.constexpr = MIN_KEYS // COLUMNS
-    ALL: tl.constexpr = MAX_CHUNKS * BLOCK_S // COLUMNS
-    ROWS: tl.constexpr = ALL if ALL > LEAST else LEAST if LEAST > 1 else 1
-    num_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
-    num_chunks = tl.cdiv(num_blocks, TILES * TILE_BLOCKS)
-    offs = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    mask = offs < num_chunks * BLOCK_S
-    keys = tl.load(candidates_ptr + offs, mask=mask, other=-1)
-    block = tl.load(candidates_ptr + MAX_CHUNKS * BLOCK_S + offs, mask=mask & (keys >= 0), other=0)
-    return _pick(keys, block, num_blocks, NUM_SELECTED, NUM_FORCED, LEGACY)
+    """What all chunks of a row picked: [MAX_CHUNKS, BLOCK_S]."""
+    chunk, place = tl.arange(0, MAX_CHUNKS)[:, None], tl.arange(0, BLOCK_S)[None, :]
+    mask = (chunk < num_chunks) & (place < NUM_PICKED)
+    return tl.load(candidates_ptr + chunk * BLOCK_S + place, mask=mask, other=-1)
 
 
 @triton.jit
-def store_selection(
-    words,
-    blocks_ptr,
+def _store_forced(
     num_blocks,
     indices_ptr,
     NUM_SELECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
-    LEGACY: tl.constexpr,
 ):
-    """Write the picked blocks, then the forced ones that are not among them, then -1.
-
-    blocks_ptr: block of every key; None if the keys are those of the blocks 0, 1, ...
-    """
-    counts, bits = words >> 16, words & 0xFFFF
-    place = tl.cumsum(counts, axis=0) - counts
-    first = tl.arange(0, words.shape[0]) * WORD
-    for _ in range(tl.max(counts, axis=0)):
-        mask = (bits != 0) & (place < NUM_SELECTED)
-        bit, bits = _next_place(bits)
-        block = first + bit
-        if blocks_ptr is not None:
-            block = tl.load(blocks_ptr + block, mask=mask, other=0)
-        tl.store(indices_ptr + place, block, mask=mask)
-        place += 1
-    offs = tl.arange(0, BLOCK_S)
-    rest = offs - tl.sum(counts, axis=0)
+    """Write the initial and the local blocks behind the free ones."""
+    rest = tl.arange(0, BLOCK_S) - (NUM_SELECTED - NUM_INIT - NUM_LOCAL)
     block = tl.where(rest < NUM_INIT, rest, num_blocks - NUM_LOCAL + rest - NUM_INIT)
-    block = tl.where(LEGACY | (rest >= NUM_INIT + NUM_LOCAL), -1, block)
-    mask = (rest >= 0) & (offs < NUM_SELECTED)
-    tl.store(indices_ptr + offs, block, mask=mask)
+    mask = (rest >= 0) & (rest < NUM_INIT + NUM_LOCAL)
+    tl.store(indices_ptr + tl.arange(0, BLOCK_S), block, mask=mask)
 
 
 @triton.jit
@@ -548,35 +444,33 @@ def select_row(
             num_blocks, indices_ptr,
             NUM_SELECTED, BLOCK_S,
         )  # fmt: skip
-    elif MAX_CHUNKS == 1:
-        words, _ = chunk_candidates(
-            units_ptr, spill_ptr, tile_max_ptr, lse2_ptr, 0, num_tiles, position,
-            GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
-            BLOCK_SIZE, NUM_SELECTED, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
-        )  # fmt: skip
-        store_selection(
-            words, None, num_blocks, indices_ptr,
-            NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL, LEGACY,
-        )  # fmt: skip
     else:
-        for chunk in range(tl.cdiv(num_blocks, TILES * TILE_BLOCKS)):
-            words, keys = chunk_candidates(
-                units_ptr, spill_ptr, tile_max_ptr, lse2_ptr, chunk, num_tiles,
-                position, GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES,
-                CMP_STRIDE, BLOCK_SIZE, NUM_SELECTED, NUM_INIT, NUM_LOCAL, MAX_POOL,
-                LEGACY,
+        NUM_FORCED: tl.constexpr = NUM_INIT + NUM_LOCAL
+        NUM_PICKED: tl.constexpr = NUM_SELECTED if LEGACY else NUM_SELECTED - NUM_FORCED
+        if MAX_CHUNKS == 1:
+            values = _chunk_values(
+                units_ptr, spill_ptr, tile_max_ptr, lse2_ptr, 0, num_tiles, position,
+                GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
+                BLOCK_SIZE, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
             )  # fmt: skip
-            store_candidates(words, keys, candidates_ptr, chunk, MAX_CHUNKS, BLOCK_S)
-        tl.debug_barrier()
-        winners = merge_candidates(
-            candidates_ptr, position, MAX_CHUNKS, BLOCK_S, TILES, TILE_BLOCKS, BLOCK_SIZE,
-            NUM_SELECTED, NUM_INIT + NUM_LOCAL, LEGACY,
-        )  # fmt: skip
-        store_selection(
-            winners, candidates_ptr + MAX_CHUNKS * BLOCK_S, num_blocks,
-            indices_ptr,
-            NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL, LEGACY,
-        )  # fmt: skip
+        else:
+            num_chunks = tl.cdiv(num_blocks, TILES * TILE_BLOCKS)
+            for chunk in range(num_chunks):
+                part = _chunk_values(
+                    units_ptr, spill_ptr, tile_max_ptr, lse2_ptr, chunk, num_tiles, position,
+                    GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
+                    BLOCK_SIZE, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
+                )  # fmt: skip
+                _pick(
+                    part, num_blocks, candidates_ptr + chunk * BLOCK_S,
+                    NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=False,
+                )  # fmt: skip
+            # Other threads read what these wrote.
+            tl.debug_barrier()
+            values = _merged_values(candidates_ptr, num_chunks, MAX_CHUNKS, BLOCK_S, NUM_PICKED)
+        _pick(values, num_blocks, indices_ptr, NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=True)
+        if not LEGACY:
+            _store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -617,7 +511,7 @@ def _prefill_select_kernel(
         lse2_ptr + row * GROUP_SIZE,
         num_tiles,
         tl.load(positions_ptr + token),
-        candidates_ptr + row * (2 * MAX_CHUNKS * BLOCK_S),
+        candidates_ptr + row * (MAX_CHUNKS * BLOCK_S),
         indices_ptr + row * NUM_SELECTED,
         GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, MAX_CHUNKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
         BLOCK_SIZE, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
