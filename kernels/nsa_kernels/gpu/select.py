@@ -9,7 +9,8 @@ is no candidate. Constants, keys and the max-pooled scores are for decode too, w
 another one (`decode_select`).
 
 Prefill wants throughput, a warp for a row. Key and block make one 64-bit number, so that no two are
-equal and ties need no care; the largest is taken n times.
+equal and ties need no care; the largest is taken n times. The reductions are of tensors as they are
+computed: over a reshaped one, in a single warp, Triton 3.6.0 was seen to leave a lane bit out.
 
 Legend: R prefill tokens (rows of the workspace), HQ query heads, H KV heads, G = HQ // H, S blocks
 to select, E compressed entries a page, NT score tiles of TB blocks.
