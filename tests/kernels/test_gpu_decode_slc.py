@@ -110,12 +110,11 @@ def make_case(
     dtype: torch.dtype = torch.float32,
     cmp_splits: int = 3,
     separate: bool = False,
-    local: bool = True,
     seed: int = 0,
 ) -> Case:
     """Random rows; what the kernel must not read is NaN, length 0 is a padding row.
 
-    Selected blocks are in random order with -1 in between, the query's own among them if `local`.
+    Selected blocks are in random order with -1 in between, the local ones among them.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -146,10 +145,13 @@ def make_case(
         swa_page_table[row, first_window:count] = page_table[row, first_window:count]
         used += count
         for head in range(heads):
-            num_chosen = min(spec.num_selected_blocks - (row + head) % 2, count)
-            chosen = torch.randperm(count, generator=generator)[:num_chosen]
-            if local and count - 1 not in chosen:
-                chosen[0] = count - 1
+            # Local blocks, or all that there are, and a random choice of the others.
+            chosen = torch.arange(count)
+            if count > spec.num_selected_blocks:
+                num_free = spec.num_selected_blocks - spec.num_local_blocks - (row + head) % 2
+                others = torch.randperm(count - spec.num_local_blocks, generator=generator)
+                chosen = torch.cat((others[:num_free], chosen[-spec.num_local_blocks :]))
+            num_chosen = len(chosen)
             places = torch.randperm(spec.num_selected_blocks, generator=generator)[:num_chosen]
             blocks[row, head, places] = chosen.int()
             pages[row, head, places] = page_table[row, chosen]
@@ -227,9 +229,15 @@ def test_every_alignment_of_the_window(length: int) -> None:
 
 
 @pytest.mark.parametrize("separate", [False, True])
-@pytest.mark.parametrize("local", [False, True])
-def test_window_with_and_without_its_own_pages(separate: bool, local: bool) -> None:
-    check(make_case([5, 90, 143], separate=separate, local=local, seed=3))
+@pytest.mark.parametrize("num_local", [1, 2])
+def test_window_with_and_without_its_own_pages(separate: bool, num_local: int) -> None:
+    spec = replace(SMALL, num_local_blocks=num_local)
+    check(make_case([5, 90, 143], spec, separate=separate, seed=3))
+
+
+def test_local_blocks_that_reach_out_of_the_window() -> None:
+    spec = replace(SMALL, num_selected_blocks=6, num_local_blocks=4, window_size=9)
+    check(make_case([5, 90, 143], spec, seed=3))
 
 
 @pytest.mark.parametrize("group", [1, 6, 16])

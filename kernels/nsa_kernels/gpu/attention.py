@@ -173,6 +173,7 @@ def _decode(
         sigmoid_gates=sigmoid_gates,
         out=out,
         launch_pdl=start_last and partials is not None,
+        early_window=start_last and branches.slc,
         check=plan.check_bounds,
     )
 

@@ -10,7 +10,7 @@ keys, Dv of values, P pages of the longest row, E compressed entries a page, S s
 l = cmp_len, d = cmp_stride. Window j is flat entry e = j + l/d - 1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -44,12 +44,15 @@ class CmpPartials:
         s2 = (q k_cmp) * softmax_scale * log2(e); -inf for an empty split, whose o_part is void.
     block_indices: [Nd, H, S] int32, in no particular order (the same in every run), filled up with
         -1. block_pages: [Nd, H, S] int32, their pages, 0 for -1. Both None without selection.
+    scratch: what selection reads and writes on the way. Kept, so that a kernel that begins before
+        selection has ended is not given the same memory.
     """
 
     o_part: Tensor | None
     lse2_part: Tensor
     block_indices: Tensor | None
     block_pages: Tensor | None
+    scratch: tuple[Tensor | None, ...] = ()
 
 
 def num_cmp_splits(num_rows: int, num_kv_heads: int, num_tiles: int, num_sms: int) -> int:
@@ -229,7 +232,7 @@ def decode_cmp(
     if with_selection:
         assert units is not None and tile_max is not None
         assert indices is not None and pages is not None
-        decode_select(
+        candidates = decode_select(
             units,
             spill,
             tile_max,
@@ -252,6 +255,7 @@ def decode_cmp(
             launch_pdl=launch_pdl,
             start_next=start_next,
         )
+        partials = replace(partials, scratch=(units, spill, tile_max, candidates))
     return partials
 
 

@@ -53,7 +53,7 @@ def decode_select(
     start_next: bool = False,
     num_warps: int = 4,
     early_bytes: int = EARLY_BYTES,
-) -> None:
+) -> Tensor | None:
     """Select the blocks of decode rows: a program per chunk of blocks, the last one merges.
 
     lse2_part: [Nd, HQ, splits] fp32. seq_lens: [B], page_table: [B, P] int32; written before the
@@ -61,6 +61,8 @@ def decode_select(
     int32 zeros, and zeros afterwards. constants: of `select_constants`, as units were written.
     launch_pdl: start while the kernel in front ends; start_next: let the next one do so.
     Tuning: num_warps; early_bytes, up to which size units are read before the row's length is.
+
+    Returns the kernel's own workspace, if it has one: to be kept while it may run.
     """
     num_rows, num_kv_heads, num_selected = block_indices.shape
     num_splits, num_chunks = lse2_part.shape[2], int(constants["MAX_CHUNKS"])
@@ -100,6 +102,7 @@ def decode_select(
         debug=check,
         **({"launch_pdl": True} if launch_pdl else {}),
     )
+    return candidates
 
 
 @triton.jit
@@ -354,7 +357,7 @@ def _decode_select_kernel(
     """One program is one chunk of the blocks of a row and KV head."""
     NUM_KEYS: tl.constexpr = TILES * TILE_BLOCKS
     TILE_UNITS: tl.constexpr = TILE_BLOCKS * ENTRIES if MAX_POOL else TILE_BLOCKS
-    if START_NEXT:
+    if START_NEXT and not PDL:
         tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -368,6 +371,9 @@ def _decode_select_kernel(
         return
     if PDL:
         tl.extra.cuda.gdc_wait()
+        # Not before: the next kernel may read what the one in front has written.
+        if START_NEXT:
+            tl.extra.cuda.gdc_launch_dependents()
     indices_ptr += row * NUM_SELECTED
     pages_ptr += row * NUM_SELECTED
     page_table_ptr += batch * stride_pb

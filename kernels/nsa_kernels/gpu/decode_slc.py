@@ -7,11 +7,11 @@ scores in base 2, -inf where nothing is visible.
 One program per (share of the work, group of query heads, row); the last one to finish a group
 combines what all of them left in a workspace. Shares are of three kinds:
   cmp  merge the partial outputs of the compression branch, a few heads each;
-  slc  attend to a share of the selected blocks, those that lie inside the window left out;
-  swa  attend to a share of the window's pages; where the branches share keys, a page that is
-       selected too feeds a second softmax from the same scores.
-So every page is read once, and which share reads it is known without comparing the selection with
-the window. The block at the window's edge is the exception: both kinds read their part of it.
+  slc  attend to a share of the selected blocks, but for the local ones inside the window;
+  swa  attend to a share of the window's pages; where the branches share keys, those of the local
+       blocks, which every selection contains, feed a second softmax from the same scores.
+So local blocks are read once, and only slc shares depend on the selection: the others can run while
+it is being made. A free block that lies in the window is read by both kinds.
 """
 
 from dataclasses import dataclass
@@ -147,6 +147,7 @@ def decode_slc(
     out: Tensor | None = None,
     config: DecodeSlcConfig | None = None,
     launch_pdl: bool = False,
+    early_window: bool = False,
     check: bool = False,
 ) -> Tensor:
     """Attend to selected blocks and the window, add the compression branch: [Nd, HQ, Dv].
@@ -159,15 +160,19 @@ def decode_slc(
     seq_lens: [Nd or more] int32 with this step's token, which is in the cache already; 0 = padding.
     page_table: [Nd or more, P] int32; swa_page_table: the same for the window's own pages, needed
     when `cache` has keys of their own for the window.
-    block_indices: [Nd, H, S] int32, distinct blocks in any order, -1 for "none"; block_pages: their
-    pages, anything for "none". Needed when `branches.slc`.
+    block_indices: [Nd, H, S] int32, distinct blocks in any order, the row's local ones among them
+    (all, where there are no more than S), -1 for "none"; block_pages: their pages, anything for
+    "none". Needed when `branches.slc`.
     o_part: [Nd, HQ, C, Dv] fp32, outputs of the compression branch, each normalised over its share
     of the context; lse2_part: [Nd, HQ, C] fp32, -inf for an empty share, whose output may be
     unwritten. Needed when `branches.cmp`.
     counters: int32 zeros, at least Nd * H * ceil(G / head_tile) of them (Nd * HQ always suffice);
     they are zero again afterwards. num_sms: multiprocessors of the device.
     out: contiguous, of q's dtype. config: overrides `default_config`. launch_pdl: start while the
-    kernel before is still running, and wait for it on the device. check: assert page ids in range.
+    kernel before is still running, and wait for it on the device. early_window: with launch_pdl, let
+    only those programs wait that read the selection; for when the kernel before writes nothing
+    else, was not launched early itself, and works on memory that this call is not given.
+    check: assert page ids in range.
 
     Raises ValueError when shapes do not fit.
     """
@@ -280,6 +285,7 @@ def decode_slc(
         BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
         BLOCK_SIZE=block_size,
         NUM_SELECTED=num_selected,
+        NUM_LOCAL=spec.num_local_blocks,
         WINDOW_SIZE=spec.window_size,
         WITH_CMP=branches.cmp,
         SHARED=shared_kv,
@@ -293,6 +299,7 @@ def decode_slc(
         BLOCK_N=block_n,
         CHECK=check,
         USE_PDL=launch_pdl,
+        EARLY_WINDOW=early_window,
         num_warps=config.num_warps,
         num_stages=num_stages,
         maxnreg=config.max_registers,
@@ -347,6 +354,7 @@ def _decode_slc_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     WITH_CMP: tl.constexpr,
     SHARED: tl.constexpr,
@@ -360,15 +368,18 @@ def _decode_slc_kernel(
     BLOCK_N: tl.constexpr,
     CHECK: tl.constexpr,
     USE_PDL: tl.constexpr,
+    EARLY_WINDOW: tl.constexpr,
 ):
     # Slots of a head's partial outputs: slc shares, what swa shares saw of selected blocks, swa.
     SLC_SLOTS: tl.constexpr = SLC_SPLITS + SWA_SPLITS * SHARED
     NUM_SLOTS: tl.constexpr = SLC_SLOTS + SWA_SPLITS
     NUM_PROGRAMS: tl.constexpr = CMP_PROGRAMS + SLC_SPLITS + SWA_SPLITS
     HEAD_TILES: tl.constexpr = (GROUP_SIZE + HEAD_TILE - 1) // HEAD_TILE
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
     role = tl.program_id(0)
+    reads_selection = (role >= CMP_PROGRAMS) & (role < CMP_PROGRAMS + SLC_SPLITS)
+    if USE_PDL:
+        if reads_selection | (not EARLY_WINDOW):
+            tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(1) // HEAD_TILES
     head_start = tl.program_id(1) % HEAD_TILES * HEAD_TILE
     row = tl.program_id(2).to(tl.int64)
@@ -431,6 +442,7 @@ def _decode_slc_kernel(
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
+                NUM_LOCAL,
                 WINDOW_SIZE,
                 SHARED,
                 BLOCK_N,
@@ -444,8 +456,6 @@ def _decode_slc_kernel(
                 k_swa_ptr,
                 v_swa_ptr,
                 window_table_ptr + row * table_width,
-                block_indices_ptr,
-                selected,
                 workspace_ptr,
                 lse_ptr,
                 first_head + head_start,
@@ -465,6 +475,7 @@ def _decode_slc_kernel(
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
+                NUM_LOCAL,
                 WINDOW_SIZE,
                 SHARED,
                 BLOCK_N,
@@ -578,17 +589,18 @@ def _attend_selected(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Attend to one share of the selected blocks; where SHARED, of those not in the window."""
+    """Attend to a share of the selected blocks; where SHARED, not to local ones in the window."""
     ROWS: tl.constexpr = q_ptrs.shape[0]
     m_i = tl.full([ROWS], NEVER, tl.float32)
     l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
-    inner_block = _inner_block(seq_len, WINDOW_SIZE, BLOCK_SIZE)
+    local_block = _local_block(seq_len, WINDOW_SIZE, BLOCK_SIZE, NUM_SELECTED, NUM_LOCAL)
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
     exists = first_item + offs_i < NUM_SELECTED
@@ -605,7 +617,7 @@ def _attend_selected(
             page = tl.load(pages_ptr + item, mask=item < NUM_SELECTED, other=0)
         wanted = block >= 0
         if SHARED:
-            wanted = wanted & (block < inner_block)
+            wanted = wanted & (block < local_block)
         visible = wanted & (block * BLOCK_SIZE + offs < seq_len)
         if CHECK:
             in_range = (page >= 0) & (page < num_pages)
@@ -638,8 +650,6 @@ def _attend_window(
     k_ptr,
     v_ptr,
     table_ptr,
-    block_indices_ptr,
-    selected,
     o_ptr,
     lse_ptr,
     first_head,
@@ -659,12 +669,13 @@ def _attend_window(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Attend to one share of the window's pages; where SHARED, for the selection as well.
+    """Attend to a share of the window's pages; where SHARED, for the local blocks' sake as well.
 
     The scores are the same for both, the masks are not: a running softmax each.
     """
@@ -673,7 +684,7 @@ def _attend_window(
     l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
     acc = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     window_start = tl.maximum(seq_len - WINDOW_SIZE, 0)
-    inner_block = _inner_block(seq_len, WINDOW_SIZE, BLOCK_SIZE)
+    local_block = _local_block(seq_len, WINDOW_SIZE, BLOCK_SIZE, NUM_SELECTED, NUM_LOCAL)
     first_block = window_start // BLOCK_SIZE
     num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
@@ -682,9 +693,6 @@ def _attend_window(
     pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
     if SHARED:
         m_slc, l_slc, acc_slc = m_i, l_i, acc
-        offs_s = tl.arange(0, triton.next_power_of_2(NUM_SELECTED))
-        blocks_ptrs = block_indices_ptr + selected + offs_s
-        blocks = tl.load(blocks_ptrs, mask=offs_s < NUM_SELECTED, other=-1)
     q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
     used_tiles = ((num_blocks - first_block) * BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
     for i in range(tl.minimum(used_tiles - share * NUM_TILES, NUM_TILES)):
@@ -716,11 +724,7 @@ def _attend_window(
         s = _scores(q, k, qk_scale)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
         if SHARED:
-            if BLOCK_N <= BLOCK_SIZE:
-                is_selected = tl.max((blocks == block).to(tl.int32), axis=0) > 0
-            else:
-                is_selected = tl.max((blocks[None, :] == block[:, None]).to(tl.int32), axis=1) > 0
-            chosen = visible & (is_selected & (block >= inner_block))
+            chosen = visible & (block >= local_block)
             m_slc, l_slc, acc_slc = _attend(s, v, chosen, m_slc, l_slc, acc_slc)
     slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
     _store_partial(o_ptr, lse_ptr, slots + SLC_SLOTS, mask_m, m_i, l_i, acc, V_HEAD_DIM, BLOCK_DV)
@@ -739,9 +743,21 @@ def _attend_window(
 
 
 @triton.jit
-def _inner_block(seq_len, WINDOW_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """First block whose tokens, as far as there are any, all lie in the last query's window."""
-    return (tl.maximum(seq_len - WINDOW_SIZE, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE
+def _local_block(
+    seq_len,
+    WINDOW_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
+):
+    """First block that is in every selection with all after it, and with all tokens in the window.
+
+    The former are the local blocks, under any rule of selection, or all where they fit.
+    """
+    num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
+    first_local = tl.where(num_blocks <= NUM_SELECTED, 0, num_blocks - NUM_LOCAL)
+    inner = (tl.maximum(seq_len - WINDOW_SIZE, 0) + BLOCK_SIZE - 1) // BLOCK_SIZE
+    return tl.maximum(inner, first_local)
 
 
 @triton.jit
