@@ -102,8 +102,8 @@ def decode_cmp(
     check: assert on the device that page ids and tail slots are inside the cache.
     Tuning: tile_entries, compressed entries of a loop step, a power of two and at least 2 * E;
     heads_per_step, heads whose scores the selection loads together.
-    launch_pdl: start each kernel while the one in front ends. start_next: let the one after these
-    do so. Every kernel waits on the device for those before it.
+    launch_pdl: start while the kernel in front ends. start_next: let the one after these do so,
+    and selection. Every kernel waits on the device for those before it.
 
     Raises ValueError when softmax_scale is not positive or tensors of separate K/V are missing.
     """
@@ -223,6 +223,7 @@ def decode_cmp(
         WITH_SCORES=with_selection,
         CHECK=check,
         PDL=launch_pdl,
+        START_NEXT=start_next and not launch_pdl,
         STAGES=num_stages,
         num_warps=num_warps,
         maxnreg=max_registers,
@@ -252,7 +253,7 @@ def decode_cmp(
             ),
             num_pages=num_pages,
             check=check,
-            launch_pdl=launch_pdl,
+            launch_pdl=launch_pdl or start_next,
             start_next=start_next,
         )
         partials = replace(partials, scratch=(units, spill, tile_max, candidates))
@@ -388,6 +389,7 @@ def _decode_cmp_kernel(
     WITH_SCORES: tl.constexpr,
     CHECK: tl.constexpr,
     PDL: tl.constexpr,
+    START_NEXT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     TILE_E: tl.constexpr = TILE_BLOCKS * ENTRIES
@@ -558,6 +560,9 @@ def _decode_cmp_kernel(
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
 
+        if START_NEXT:
+            # Not before: programs that only wait would take the place of others of this kernel.
+            tl.extra.cuda.gdc_launch_dependents()
         part = (head_row + offs_h) * num_splits + split
         if end_tile > first_tile:
             l_i = tl.sum(l_part, axis=1)

@@ -357,8 +357,6 @@ def _decode_select_kernel(
     """One program is one chunk of the blocks of a row and KV head."""
     NUM_KEYS: tl.constexpr = TILES * TILE_BLOCKS
     TILE_UNITS: tl.constexpr = TILE_BLOCKS * ENTRIES if MAX_POOL else TILE_BLOCKS
-    if START_NEXT and not PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     row = batch * tl.num_programs(1) + tl.program_id(1)
@@ -371,9 +369,9 @@ def _decode_select_kernel(
         return
     if PDL:
         tl.extra.cuda.gdc_wait()
-        # Not before: the next kernel may read what the one in front has written.
-        if START_NEXT:
-            tl.extra.cuda.gdc_launch_dependents()
+    # Not before: the next kernel may read what the one in front has written.
+    if START_NEXT:
+        tl.extra.cuda.gdc_launch_dependents()
     indices_ptr += row * NUM_SELECTED
     pages_ptr += row * NUM_SELECTED
     page_table_ptr += batch * stride_pb

@@ -171,7 +171,7 @@ def decode_slc(
     out: contiguous, of q's dtype. config: overrides `default_config`. launch_pdl: start while the
     kernel before is still running, and wait for it on the device. early_window: with launch_pdl, let
     only those programs wait that read the selection; for when the kernel before writes nothing
-    else, was not launched early itself, and works on memory that this call is not given.
+    else, lets this one start only after its own wait, and works on memory kept from this call.
     check: assert page ids in range.
 
     Raises ValueError when shapes do not fit.
