@@ -31,6 +31,8 @@ TILE_ENTRIES = 32
 PROGRAMS_PER_SM = 3
 MAX_SPLITS = 32
 MAX_TILES_PER_SPLIT = 256
+# Rows times KV heads up to which selection cuts a row into chunks of so many blocks.
+MANY_ROWS, FEW_ROWS_CHUNK = 16, 256
 # Bytes of keys and values on their way to a program, of which two or three share an SM.
 STAGE_BYTES = 100 << 10
 
@@ -151,6 +153,8 @@ def decode_cmp(
         indices = q.new_empty((num_rows, num_kv_heads, spec.num_selected_blocks), dtype=torch.int32)
         pages = torch.empty_like(indices)
     partials = CmpPartials(o_part, lse2_part, indices, pages)
+    # Few rows leave multiprocessors to spare: then more and smaller chunks.
+    chunk_blocks = CHUNK_BLOCKS if num_rows * num_kv_heads > MANY_ROWS else FEW_ROWS_CHUNK
     if num_rows == 0:
         return partials
 
@@ -248,7 +252,7 @@ def decode_cmp(
                 group_size,
                 num_tiles,
                 tile_entries=tile_entries,
-                chunk_blocks=CHUNK_BLOCKS,
+                chunk_blocks=chunk_blocks,
                 heads_per_step=heads_per_step,
             ),
             num_pages=num_pages,

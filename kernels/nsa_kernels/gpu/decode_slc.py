@@ -114,15 +114,25 @@ def default_config(
         spare = min(programs - slc_splits - swa_splits, cmp_rows // _MIN_CMP_ROWS)
         while cmp_programs * 2 <= min(spare, head_tile, _MAX_CMP_PROGRAMS):
             cmp_programs *= 2
+    cmp_programs = int(triton.next_power_of_2(cmp_programs)) if cmp_programs else 0
+    num_programs = num_groups * (slc_splits + swa_splits + cmp_programs)
+    num_warps, tiles_in_flight, max_registers = 4, 2, None
+    if small and share <= _MIN_SHARE_TILES:
+        # Short shares: what counts is how fast a program loads and merges.
+        num_warps, max_registers = 8, 128
+        tiles_in_flight = 2 if num_programs <= num_sms else 1
+    elif small:
+        tiles_in_flight = 1
+        max_registers = _REGISTERS if num_programs > 2 * num_sms else None
     return DecodeSlcConfig(
         slc_splits=max(slc_splits, 1),
         swa_splits=max(swa_splits, 1),
-        cmp_programs=int(triton.next_power_of_2(cmp_programs)) if cmp_programs else 0,
+        cmp_programs=cmp_programs,
         head_tile=head_tile,
         block_n=block_n,
-        num_warps=4,
-        tiles_in_flight=2,
-        max_registers=_REGISTERS if small else None,
+        num_warps=num_warps,
+        tiles_in_flight=tiles_in_flight,
+        max_registers=max_registers,
     )
 
 
@@ -169,8 +179,8 @@ def decode_slc(
     counters: int32 zeros, at least Nd * H * ceil(G / head_tile) of them (Nd * HQ always suffice);
     they are zero again afterwards. num_sms: multiprocessors of the device.
     out: contiguous, of q's dtype. config: overrides `default_config`. launch_pdl: start while the
-    kernel before is still running, and wait for it on the device. early_window: with launch_pdl, let
-    only those programs wait that read the selection; for when the kernel before writes nothing
+    kernel before is still running, and wait for it on the device. early_window: with launch_pdl,
+    let only those programs wait that read the selection; for when the kernel before writes nothing
     else, lets this one start only after its own wait, and works on memory kept from this call.
     check: assert page ids in range.
 
@@ -300,6 +310,8 @@ def decode_slc(
         CHECK=check,
         USE_PDL=launch_pdl,
         EARLY_WINDOW=early_window,
+        # With more programs than that, loads in all of them cost more than the last one waits.
+        EARLY_GATES=config.num_warps > 4,
         num_warps=config.num_warps,
         num_stages=num_stages,
         maxnreg=config.max_registers,
@@ -369,6 +381,7 @@ def _decode_slc_kernel(
     CHECK: tl.constexpr,
     USE_PDL: tl.constexpr,
     EARLY_WINDOW: tl.constexpr,
+    EARLY_GATES: tl.constexpr,
 ):
     # Slots of a head's partial outputs: slc shares, what swa shares saw of selected blocks, swa.
     SLC_SLOTS: tl.constexpr = SLC_SPLITS + SWA_SPLITS * SHARED
@@ -376,10 +389,8 @@ def _decode_slc_kernel(
     NUM_PROGRAMS: tl.constexpr = CMP_PROGRAMS + SLC_SPLITS + SWA_SPLITS
     HEAD_TILES: tl.constexpr = (GROUP_SIZE + HEAD_TILE - 1) // HEAD_TILE
     role = tl.program_id(0)
-    reads_selection = (role >= CMP_PROGRAMS) & (role < CMP_PROGRAMS + SLC_SPLITS)
-    if USE_PDL:
-        if reads_selection | (not EARLY_WINDOW):
-            tl.extra.cuda.gdc_wait()
+    if USE_PDL and not EARLY_WINDOW:
+        tl.extra.cuda.gdc_wait()
     kv_head = tl.program_id(1) // HEAD_TILES
     head_start = tl.program_id(1) % HEAD_TILES * HEAD_TILE
     row = tl.program_id(2).to(tl.int64)
@@ -446,6 +457,7 @@ def _decode_slc_kernel(
                 WINDOW_SIZE,
                 SHARED,
                 BLOCK_N,
+                USE_PDL and EARLY_WINDOW,
                 CHECK,
             )
     else:
@@ -482,14 +494,23 @@ def _decode_slc_kernel(
                 CHECK,
             )
 
+    gates_row = row * stride_gt + (kv_head * GROUP_SIZE + offs_h) * stride_gh
+    if EARLY_GATES:
+        # By every program, so that the last one need not wait for them.
+        g_cmp = _load_gate(gates_ptr, gates_row, mask_h, gate_cmp, SIGMOID_GATES)
+        g_slc = _load_gate(gates_ptr, gates_row + 1, mask_h, gate_slc, SIGMOID_GATES)
+        g_swa = _load_gate(gates_ptr, gates_row + 2, mask_h, gate_swa, SIGMOID_GATES)
     # The barrier orders every thread's stores before the one atomic that releases them.
     tl.debug_barrier()
     counter_ptr = counters_ptr + row * (NUM_KV_HEADS * HEAD_TILES) + tl.program_id(1)
     arrived = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
     if arrived == NUM_PROGRAMS - 1:
         tl.store(counter_ptr, 0)
+        if not EARLY_GATES:
+            g_cmp = _load_gate(gates_ptr, gates_row, mask_h, gate_cmp, SIGMOID_GATES)
+            g_slc = _load_gate(gates_ptr, gates_row + 1, mask_h, gate_slc, SIGMOID_GATES)
+            g_swa = _load_gate(gates_ptr, gates_row + 2, mask_h, gate_swa, SIGMOID_GATES)
         out = tl.zeros([HEAD_TILE, BLOCK_DV], tl.float32)
-        gates_row = row * stride_gt + (kv_head * GROUP_SIZE + offs_h) * stride_gh
         if SLC_SPLITS > 0:
             o_slc = _merge(
                 workspace_ptr,
@@ -500,8 +521,7 @@ def _decode_slc_kernel(
                 V_HEAD_DIM,
                 BLOCK_DV,
             )
-            gate = _load_gate(gates_ptr, gates_row + 1, mask_h, gate_slc, SIGMOID_GATES)
-            out += gate * o_slc
+            out += g_slc * o_slc
         if SWA_SPLITS > 0:
             o_swa = _merge(
                 workspace_ptr,
@@ -512,8 +532,7 @@ def _decode_slc_kernel(
                 V_HEAD_DIM,
                 BLOCK_DV,
             )
-            gate = _load_gate(gates_ptr, gates_row + 2, mask_h, gate_swa, SIGMOID_GATES)
-            out += gate * o_swa
+            out += g_swa * o_swa
         if WITH_CMP:
             if CMP_PROGRAMS > 0:
                 o_cmp = tl.load(
@@ -532,8 +551,7 @@ def _decode_slc_kernel(
                     V_HEAD_DIM,
                     BLOCK_DV,
                 )
-            gate = _load_gate(gates_ptr, gates_row, mask_h, gate_cmp, SIGMOID_GATES)
-            out += gate * o_cmp
+            out += g_cmp * o_cmp
         out = tl.where(seq_len > 0, out, 0.0)
         tl.store(out_ptrs, out.to(out_ptr.dtype.element_ty), mask=mask_out)
 
@@ -593,6 +611,7 @@ def _attend_selected(
     WINDOW_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    WAIT: tl.constexpr,
     CHECK: tl.constexpr,
 ):
     """Attend to a share of the selected blocks; where SHARED, not to local ones in the window."""
@@ -604,9 +623,14 @@ def _attend_selected(
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
     exists = first_item + offs_i < NUM_SELECTED
+    if WAIT:
+        # As late as possible: what does not depend on the selection is then on its way.
+        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+        tl.extra.cuda.gdc_wait()
     blocks = tl.load(blocks_ptr + first_item + offs_i, mask=exists, other=-1)
     pages = tl.load(pages_ptr + first_item + offs_i, mask=exists, other=0)
-    q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+    if not WAIT:
+        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
     for i in range(tl.where(seq_len > 0, NUM_TILES, 0)):
         item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
         if BLOCK_N <= BLOCK_SIZE:
