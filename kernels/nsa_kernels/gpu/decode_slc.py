@@ -38,6 +38,8 @@ _MAX_FOLDED_CMP_SPLITS = 4
 # while there are programs to spare, at most so many before some are taken from the attention.
 _MIN_CMP_ROWS, _MAX_CMP_ROWS = 64, 256
 _MAX_CMP_PROGRAMS = 2
+# Compression partials up to which selection is quick.
+_SHORT_CMP_SPLITS = 16
 # Registers of a thread with which three programs of 128 threads share a multiprocessor.
 _REGISTERS = 168
 # Running maximum before anything was seen: lower than any score, and finite, so that the difference
@@ -121,6 +123,9 @@ def default_config(
         # Short shares: what counts is how fast a program loads and merges.
         num_warps, max_registers = 8, 128
         tiles_in_flight = 2 if num_programs <= num_sms else 1
+        if num_programs <= num_sms and num_cmp_splits > _SHORT_CMP_SPLITS:
+            # Selection among so many blocks outlasts the window's shares: fewer to merge.
+            swa_splits = triton.cdiv(swa_tiles, share + 1)
     elif small:
         tiles_in_flight = 1
         max_registers = _REGISTERS if num_programs > 2 * num_sms else None
