@@ -9,6 +9,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import msgspec
 
@@ -18,6 +19,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+
+StructuredKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 
 
 class FinishReason(enum.StrEnum):
@@ -37,6 +40,17 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
+class StructuredOutput(msgspec.Struct, frozen=True):
+    """What the output must match.
+
+    kind: "json_object" (value is not looked at), "json_schema" (value: the schema as JSON text),
+    "regex", "choice" (value: a JSON list of strings) or "grammar" (value: Lark).
+    """
+
+    kind: StructuredKind
+    value: str = ""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How to choose tokens, and when to stop. Ranges and meanings are those of vLLM.
 
@@ -46,6 +60,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: the same for every prompt token after the first.
     stop: strings that end the text; they are not part of the output unless
     include_stop_str_in_output. stop_token_ids: ids that end it.
+    allowed_token_ids: the only ids that may be sampled, None = all. bad_words: sequences of ids
+    that must not be completed. structured: what the output must match.
     """
 
     max_tokens: int | None = 16
@@ -66,6 +82,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    structured: StructuredOutput | None = None
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, 0, None)
@@ -156,7 +175,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     """A request as the engine receives it: validated, tokenized.
 
     priority: lower runs earlier (vLLM's order). cache_salt: prompts share cached pages only with
-    prompts of the same salt.
+    prompts of the same salt. trace_blocks: report which blocks every token selected.
     """
 
     request_id: str
@@ -164,6 +183,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
+    trace_blocks: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -181,6 +201,8 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs and queued_s (seconds from arrival in the engine to the first row) come once,
     with the first token; prompt_logprobs[i] is for prompt token i + 1. error: why finish_reason is
     ERROR, error_kind: class name of that error, error_param: the field at fault.
+    blocks: for every token of token_ids, layer and KV head, the blocks that the query which led to
+    it selected, when the request asked for a trace.
     """
 
     request_id: str
@@ -194,12 +216,14 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     error_kind: str | None = None
     error_param: str | None = None
     queued_s: float = 0.0
+    blocks: list[list[list[list[int]]]] | None = None
 
 
 class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     """What the caller of `generate` sees. In a stream: the text and tokens since the last one.
 
-    index: which of the `n` samples. text, token_ids, logprobs: new since the last output.
+    index: which of the `n` samples. text, token_ids, logprobs, blocks (see TokenOutput): new since
+    the last output.
     """
 
     request_id: str
@@ -214,6 +238,7 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     num_prefix_hit_tokens: int = 0
+    blocks: list[list[list[list[int]]]] | None = None
 
 
 class Request:
