@@ -66,11 +66,11 @@ def nsa_attention(
             cache,
             plan,
             spec,
-            softmax_scale,
-            branch_kv,
-            sigmoid_gates,
-            fused,
-            out[rows],
+            softmax_scale=softmax_scale,
+            branch_kv=branch_kv,
+            sigmoid_gates=sigmoid_gates,
+            fuse_append=fused,
+            out=out[rows],
         )
     if plan.prefill is not None:
         _prefill(q, gates, cache, plan, plan.prefill, spec, softmax_scale, sigmoid_gates, out)
@@ -120,6 +120,7 @@ def _decode(
     cache: LayerCache,
     plan: GpuPlan,
     spec: NSASpec,
+    *,
     softmax_scale: float,
     branch_kv: BranchKV | None,
     sigmoid_gates: bool,
