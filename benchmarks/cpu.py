@@ -36,9 +36,7 @@ PEERS = Path(__file__).parent / "peers"
 
 def run_nsa_serve(workload: dict[str, Any], num_threads: int, log_path: Path) -> dict[str, Any]:
     """Start the server, time its start to a first answer, and run the workload over HTTP."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
         sys.executable, "-m", "nsa_http", "serve", "--port", str(port),
@@ -49,7 +47,7 @@ def run_nsa_serve(workload: dict[str, Any], num_threads: int, log_path: Path) ->
     with log_path.open("w") as log:
         server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     try:
-        first_answer_s = _wait_for_first_answer(url, server, start, log_path)
+        first_answer_s = wait_for_first_answer(url, server, start, log_path)
 
         def run(prompts: list[list[int]], output_len: int) -> list[tuple[float, float]]:
             config = BenchConfig(
@@ -71,9 +69,18 @@ def run_nsa_serve(workload: dict[str, Any], num_threads: int, log_path: Path) ->
     return {"versions": versions, "first_answer_s": first_answer_s, "scenarios": scenarios}
 
 
-def _wait_for_first_answer(
+def free_port() -> int:
+    """Return a port on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def wait_for_first_answer(
     url: str, server: subprocess.Popen[bytes], start: float, log_path: Path
 ) -> float:
+    """Return how long after `start` the server first answered a completion."""
     body = {"prompt": "The sky is", "max_tokens": 1}
     while time.perf_counter() - start < 120:
         if server.poll() is not None:

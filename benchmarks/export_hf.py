@@ -12,11 +12,11 @@ from nsa_serve.models.families import load_model_config
 from nsa_serve.models.weights import load_weights
 
 
-def export_hf(folder: Path, config: EngineConfig) -> None:
-    """Export config.json, model.safetensors (bf16) and tokenizer.json to `folder`."""
+def export_hf(folder: Path, config: EngineConfig, *, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Export config.json, model.safetensors and tokenizer.json to `folder`."""
     source = resolve_model(config)
     model = load_model_config(source)
-    weights = load_weights(source, model, torch.bfloat16)
+    weights = load_weights(source, model, dtype)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     eos = list(model.eos_token_ids)
     fields = {
@@ -36,11 +36,23 @@ def export_hf(folder: Path, config: EngineConfig) -> None:
         "hidden_act": "silu",
         "bos_token_id": model.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
     }
     (folder / "config.json").write_text(json.dumps(fields))
     tokenizer = load_tokenizer(config)
     tokenizer.save(folder / "tokenizer.json")
+    special = {
+        f"{name}_token": tokenizer.token_to_str(token_id)
+        for name in ("bos", "eos")
+        if (token_id := getattr(tokenizer, f"{name}_token_id")) is not None
+    }
+    template = tokenizer.chat_template
     (folder / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+        json.dumps(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **special,
+                **({} if template is None else {"chat_template": template}),
+            }
+        )
     )

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from report_api import api_section
 from report_kernels import kernel_section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,7 @@ def write_report() -> None:
     cpu = RESULTS / "cpu.json"
     if cpu.is_file():
         parts.append(cpu_section(json.loads(cpu.read_text())))
-    parts.append(kernel_section(RESULTS))
+    parts += [api_section(RESULTS), kernel_section(RESULTS)]
     (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
 
 

@@ -6,6 +6,7 @@ is no task per request here.
 """
 
 import asyncio
+import contextvars
 import logging
 import math
 import time
@@ -35,13 +36,21 @@ from nsa_serve.messages import (
     LoadProgress,
     StepOutputs,
 )
-from nsa_serve.metrics import Metrics, RequestTimer
+from nsa_serve.metrics import Metrics
 from nsa_serve.model_source import load_tokenizer
 from nsa_serve.output import OutputProcessor
-from nsa_serve.request import EngineRequest, FinishReason, SamplingParams, TokenOutput
+from nsa_serve.request import (
+    EngineRequest,
+    FinishReason,
+    SamplingParams,
+    TokenOutput,
+    TraceParams,
+)
 from nsa_serve.request_check import check_request, make_request_error, sample_params
 from nsa_serve.request_stream import RequestStream, StreamSink
+from nsa_serve.request_timer import RequestTimer, SampleGroup
 from nsa_serve.tokenizer import Tokenizer
+from nsa_serve.trace import check_trace
 
 STALL_TIMEOUT_S = 60.0
 SHUTDOWN_TIMEOUT_S = 5.0
@@ -53,13 +62,17 @@ logger = logging.getLogger(__name__)
 
 
 class _Sample:
-    """One of the `n` samples of a request, while the engine works on it."""
+    """One of the `n` samples of a request, while the engine works on it.
 
-    __slots__ = ("sink", "timer")
+    context: of the caller, so that what is logged about it later bears the caller's request id.
+    """
+
+    __slots__ = ("context", "sink", "timer")
 
     def __init__(self, sink: StreamSink, timer: RequestTimer | None) -> None:
         self.sink = sink
         self.timer = timer
+        self.context = contextvars.copy_context()
 
 
 class AsyncEngine:
@@ -169,6 +182,7 @@ class AsyncEngine:
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        trace: TraceParams | None = None,
     ) -> RequestStream:
         """Queue `n` samples and return the stream of their outputs; see `EngineClient`.
 
@@ -179,8 +193,11 @@ class AsyncEngine:
         if self._death is not None:
             raise self._make_death()
         check_request(prompt_token_ids, params, n, self.info)
+        if trace is not None:
+            check_trace(trace, self.info)
         self._check_queue(n)
         sink = StreamSink(n)
+        group = None if self._metrics is None else self._metrics.start_group(n)
         try:
             for index in range(n):
                 internal_id = f"{request_id}-{index}-{uuid.uuid4().hex}"
@@ -190,8 +207,9 @@ class AsyncEngine:
                     params=sample_params(params, index),
                     priority=priority,
                     cache_salt=cache_salt,
+                    trace=trace,
                 )
-                self._add_sample(sink, request, request_id, index)
+                self._add_sample(sink, request, request_id, index, group)
         except BaseException:
             self._abort_samples(sink)
             raise
@@ -255,7 +273,12 @@ class AsyncEngine:
         return min(max(1, math.ceil(mean_s * num_finished)), _MAX_RETRY_AFTER_S)
 
     def _add_sample(
-        self, sink: StreamSink, request: EngineRequest, request_id: str, index: int
+        self,
+        sink: StreamSink,
+        request: EngineRequest,
+        request_id: str,
+        index: int,
+        group: SampleGroup | None,
     ) -> None:
         assert self._process is not None and self._outputs is not None
         self._outputs.add(
@@ -268,7 +291,7 @@ class AsyncEngine:
         timer = None
         if self._metrics is not None:
             timer = self._metrics.start_request(
-                len(request.prompt_token_ids), max_tokens=request.params.max_tokens
+                len(request.prompt_token_ids), max_tokens=request.params.max_tokens, group=group
             )
         self._samples[request.request_id] = _Sample(sink, timer)
         sink.live_ids.add(request.request_id)
@@ -309,12 +332,19 @@ class AsyncEngine:
         try:
             result, needs_abort = self._outputs.process(output)
         except Exception as error:
-            logger.exception("the output of request %s failed", output.request_id)
+            sample.context.run(
+                logger.exception, "the output of request %s failed", output.request_id
+            )
             failure = NSAServeError(f"the request failed: internal error: {type(error).__name__}")
             self._fail_sample(output.request_id, sample, failure)
             return output.finish_reason is None
         if sample.timer is not None:
-            sample.timer.on_tokens(len(output.token_ids), queued_s=output.queued_s)
+            sample.timer.on_tokens(
+                len(output.token_ids),
+                queued_s=output.queued_s,
+                num_cached_tokens=output.num_prefix_hit_tokens,
+                num_preemptions=output.num_preemptions,
+            )
         if result is None:
             return False
         if result.finish_reason is not None:
@@ -326,7 +356,7 @@ class AsyncEngine:
     def _fail_sample(self, internal_id: str, sample: _Sample, error: NSAServeError) -> None:
         """End a request with an error, and with it the other samples of its call."""
         level = logging.INFO if isinstance(error, RequestError) else logging.ERROR
-        logger.log(level, "request %s failed: %s", internal_id, error)
+        sample.context.run(logger.log, level, "request %s failed: %s", internal_id, error)
         self._forget(internal_id, sample, FinishReason.ERROR)
         self._abort_samples(sample.sink)
         sample.sink.fail(error)

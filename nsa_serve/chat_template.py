@@ -53,6 +53,11 @@ class ChatTemplate:
                 f"the model's chat template is not valid Jinja: line {error.lineno}: {error}"
             ) from None
 
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads."""
+        return frozenset(self._variables)
+
     def render(
         self,
         messages: Sequence[_Message],
@@ -67,7 +72,7 @@ class ChatTemplate:
         add_generation_prompt: end with the header of an assistant message. continue_final_message:
         end inside the last message instead, so that the model goes on with it. variables: JSON
         scalars for variables that this template reads. Raises RequestError when they do not go
-        together, or the template refuses the messages.
+        together, or the template refuses the messages or knows no tools.
         """
         if not messages:
             raise RequestError("messages must not be empty", param="messages")
@@ -79,6 +84,11 @@ class ChatTemplate:
                     param="continue_final_message",
                 )
             messages = [*messages[:-1], _mark_end(messages[-1])]
+        if tools and "tools" not in self._variables:
+            raise RequestError(
+                "the model's chat template knows no tools; describe them in the system message",
+                param="tools",
+            )
         context = {
             **self._special_tokens,
             **self._check_variables(variables or {}),

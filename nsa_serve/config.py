@@ -111,8 +111,16 @@ def make_config(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
     except ValidationError as error:
         lines = []
         for item in error.errors(include_url=False):
-            name = ".".join(str(part) for part in item["loc"]) or cls.__name__
-            lines.append(f"{name}: {item['msg']}, got {item['input']!r}")
+            message = item["msg"].removeprefix("Value error, ")
+            if not item["loc"]:
+                # About several fields: the input would be all of them, keys included.
+                lines.append(message)
+                continue
+            name = ".".join(str(part) for part in item["loc"])
+            field = cls.model_fields.get(str(item["loc"][0]))
+            is_secret = field is not None and "Secret" in repr(field.annotation)
+            echo = "a secret" if is_secret else repr(item["input"])
+            lines.append(f"{name}: {message}, got {echo}")
         raise ConfigError("; ".join(lines)) from None
 
 

@@ -1,27 +1,40 @@
 """The synchronous core: a scheduler and a model runner, one step at a time."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
+from nsa_serve.cache_reads import CacheReads, ReadCosts, step_reads
 from nsa_serve.config import EngineConfig, ModelConfig, num_usable_cpus
-from nsa_serve.errors import CapacityError, ConfigError
+from nsa_serve.errors import CapacityError, ConfigError, ModelError, NSAServeError, RequestError
 from nsa_serve.kv_cache import KVCache, bytes_per_page, components, num_pages_for
 from nsa_serve.memory import available_bytes
-from nsa_serve.messages import EngineInfo, EngineStats, LoadProgress
+from nsa_serve.messages import EngineInfo, EngineStats, LoadProgress, TraceGeometry
 from nsa_serve.model_runner import ModelRunner
-from nsa_serve.model_source import resolve_model
+from nsa_serve.model_source import load_tokenizer, resolve_model
 from nsa_serve.models.families import load_model_config
 from nsa_serve.models.layers import cpu_has_bfloat16
-from nsa_serve.models.nsa_transformer import NSATransformer
+from nsa_serve.models.nsa_transformer import NSATransformer, used_branches
 from nsa_serve.models.weights import expected_weights, load_weights
 from nsa_serve.page_pool import PagePool
 from nsa_serve.request import EngineRequest, FinishReason, Request, SamplingParams, TokenOutput
+from nsa_serve.request_check import make_refusal
 from nsa_serve.sampler import Sampler, SamplingFailure
 from nsa_serve.scheduler import SampledToken, Scheduler, SchedulerOutput
+from nsa_serve.structured.grammar import compile_error
+from nsa_serve.structured.masks import GrammarMasks, TokenMatcher
+from nsa_serve.structured.matcher import GrammarError, Vocabulary, make_table
+from nsa_serve.trace import check_trace
+
+# Most grammars take less: their requests then run in the next step already.
+_COMPILE_WAIT_S = 0.005
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 # Of the free memory, when --page-memory does not say.
@@ -57,7 +70,8 @@ class Engine:
             cache = KVCache(model_config, num_pages, dtype=dtype, device=device)
         capacity = (num_pages - 1) * model_config.nsa.block_size
         max_model_len = min(limit, capacity)
-        self.runner = ModelRunner(model, cache, Sampler(model_config.eos_token_ids))
+        self.grammars = GrammarMasks(partial(_load_vocabulary, config, model_config))
+        self.runner = ModelRunner(model, cache, Sampler(model_config.eos_token_ids), self.grammars)
         self.pool = PagePool(
             num_pages,
             model_config.nsa.block_size,
@@ -71,8 +85,12 @@ class Engine:
             policy=config.scheduling_policy,
             eos_token_ids=model_config.eos_token_ids,
         )
+        # By request id.
+        self._compiling: dict[str, tuple[Request, Future[TokenMatcher]]] = {}
         self._num_steps = 0
         self._num_step_tokens = 0
+        self._read_costs = read_costs(model_config, dtype)
+        self._decode_reads, self._prefill_reads = CacheReads(), CacheReads()
         with _timed(phases, "warm-up"):
             self._warm_up()
         self.info = EngineInfo(
@@ -89,12 +107,13 @@ class Engine:
             phase_s=phases,
             bos_token_id=model_config.bos_token_id,
             eos_token_ids=model_config.eos_token_ids,
+            trace=_trace_geometry(model_config, self._read_costs, device),
         )
 
     @property
     def has_unfinished(self) -> bool:
-        """True while any request waits or runs."""
-        return self.scheduler.has_unfinished
+        """True while any request waits or runs, or its grammar is compiled."""
+        return self.scheduler.has_unfinished or bool(self._compiling)
 
     @property
     def stats(self) -> EngineStats:
@@ -110,25 +129,78 @@ class Engine:
             prefix_cache_queries_total=scheduler.prefix_cache_queries_total,
             prefix_cache_hits_total=scheduler.prefix_cache_hits_total,
             num_step_tokens=self._num_step_tokens,
+            decode_reads=self._decode_reads,
+            prefill_reads=self._prefill_reads,
         )
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request. Raises RequestError when it cannot be served."""
-        self.scheduler.add(Request(request))
+        """Queue a request. Raises RequestError when it cannot be served.
+
+        One with a grammar that is not compiled at once is queued by a later `step`.
+        """
+        if request.request_id in self._compiling:
+            raise RequestError(
+                f"request id {request.request_id!r} is in use; choose another", param="request_id"
+            )
+        if request.trace is not None:
+            check_trace(request.trace, self.info)
+        item = Request(request)
+        if item.params.structured is None:
+            self.scheduler.add(item)
+            return
+        matcher = self.grammars.compile(item.params.structured)
+        if not self._compiling:
+            wait([matcher], timeout=_COMPILE_WAIT_S)
+        if matcher.done():
+            self._admit(item, matcher)
+        else:
+            self._compiling[item.request_id] = item, matcher
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests in any state and free their pages; ids that have ended are ignored."""
         for request_id in request_ids:
-            self.scheduler.abort(request_id)
+            compiling = self._compiling.pop(request_id, None)
+            if compiling is None:
+                self.scheduler.abort(request_id)
+            else:
+                compiling[1].cancel()
 
     def step(self) -> list[TokenOutput]:
         """Run one step; return what it produced. Does nothing when there is no work."""
+        refused = self._admit_compiled()
         scheduled = self.scheduler.schedule()
         self._num_step_tokens = scheduled.num_tokens
         if not scheduled.rows:
-            return []
+            return refused
         self._num_steps += 1
-        return self._finish(scheduled, self.runner.execute(scheduled))
+        self._decode_reads, self._prefill_reads = step_reads(scheduled, self._read_costs)
+        return refused + self._finish(scheduled, self.runner.execute(scheduled))
+
+    def _admit(self, request: Request, matcher: "Future[TokenMatcher]") -> None:
+        """Queue a request whose grammar is compiled. Raises RequestError."""
+        assert request.params.structured is not None
+        try:
+            request.matcher = matcher.result()
+        except GrammarError as error:
+            kind = request.params.structured.kind
+            raise compile_error(kind, str(error), param="structured") from None
+        self.scheduler.add(request)
+
+    def _admit_compiled(self) -> list[TokenOutput]:
+        """Queue the requests whose grammars are compiled by now; return what came of the others."""
+        refused = []
+        for request_id, (request, matcher) in list(self._compiling.items()):
+            if not matcher.done():
+                continue
+            del self._compiling[request_id]
+            try:
+                self._admit(request, matcher)
+            except NSAServeError as error:
+                refused.append(make_refusal(request_id, error))
+            except Exception as error:
+                logger.exception("request %s could not be added", request_id)
+                refused.append(make_refusal(request_id, error))
+        return refused
 
     def _finish(
         self, scheduled: SchedulerOutput, sampled: dict[str, SampledToken | SamplingFailure]
@@ -138,14 +210,16 @@ class Engine:
         tokens: dict[str, SampledToken] = {}
         for request_id, result in sampled.items():
             if isinstance(result, SamplingFailure):
-                outputs.append(self.scheduler.fail(request_id, result.message))
+                kind = RequestError.__name__ if result.is_request_fault else None
+                outputs.append(self.scheduler.fail(request_id, result.message, error_kind=kind))
             else:
                 tokens[request_id] = result
         return outputs + self.scheduler.update(scheduled, tokens)
 
     def close(self) -> None:
         """Abort what is unfinished."""
-        self.abort(self.scheduler.unfinished_ids)
+        self.abort([*self._compiling, *self.scheduler.unfinished_ids])
+        self.grammars.close()
 
     def _warm_up(self) -> None:
         """Run one small request, so that the first real one does not pay for first-use costs."""
@@ -159,9 +233,20 @@ class Engine:
                 if output.finish_reason is FinishReason.ERROR:
                     raise ConfigError(f"the model does not run: {output.error}")
         self._num_steps = 0
+        self._decode_reads, self._prefill_reads = CacheReads(), CacheReads()
         self.pool.reset_prefix_cache()
         self.scheduler.prefix_cache_queries_total = 0
         self.scheduler.prefix_cache_hits_total = 0
+
+
+def _load_vocabulary(config: EngineConfig, model: ModelConfig) -> Vocabulary:
+    """Read the tokenizer; GrammarError when no grammar can be followed with it."""
+    try:
+        tokenizer = load_tokenizer(config)
+    except ModelError as error:
+        raise GrammarError(f"the model's tokenizer cannot be read: {error}") from None
+    table = make_table(tokenizer, model.vocab_size, model.eos_token_ids)
+    return Vocabulary(table, partial(tokenizer.encode, add_special_tokens=False))
 
 
 @contextmanager
@@ -182,6 +267,29 @@ def run_dtype(config: EngineConfig) -> torch.dtype:
     if config.dtype == "auto":
         return torch.bfloat16 if cpu_has_bfloat16() else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def read_costs(model: ModelConfig, dtype: torch.dtype) -> ReadCosts:
+    """Return what a query of this model costs in cache bytes."""
+    branches = used_branches(model)
+    num_rows = model.num_layers * model.num_kv_heads
+    return ReadCosts(
+        spec=model.nsa,
+        key_bytes=num_rows * model.head_dim * dtype.itemsize,
+        value_bytes=num_rows * model.v_head_dim * dtype.itemsize,
+        uses_cmp=branches.cmp,
+        uses_slc=branches.slc,
+        uses_swa=branches.swa,
+    )
+
+
+def _trace_geometry(
+    model: ModelConfig, costs: ReadCosts, device: torch.device
+) -> TraceGeometry | None:
+    """Return what traces need, or None where there are none: the GPU path keeps no selection."""
+    if device.type != "cpu":
+        return None
+    return TraceGeometry(num_layers=model.num_layers, num_kv_heads=model.num_kv_heads, costs=costs)
 
 
 def _model_len_limit(config: EngineConfig, model: ModelConfig) -> int:

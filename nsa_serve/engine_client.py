@@ -4,7 +4,7 @@ from collections.abc import AsyncIterable
 from typing import Protocol
 
 from nsa_serve.messages import EngineInfo, EngineStats
-from nsa_serve.request import RequestOutput, SamplingParams
+from nsa_serve.request import RequestOutput, SamplingParams, TraceParams
 from nsa_serve.tokenizer import Tokenizer
 
 
@@ -43,6 +43,7 @@ class EngineClient(Protocol):
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        trace: TraceParams | None = None,
     ) -> OutputStream:
         """Stream the outputs of `n` samples, interleaved; each carries its sample's index.
 
@@ -51,7 +52,8 @@ class EngineClient(Protocol):
         raises RequestError only for what the engine alone can know. Text and tokens of an output
         are new since the last one of the same index; the last output of an index has a
         finish_reason. prompt_token_ids and prompt_logprobs come with the first output of each
-        index. Closing the stream aborts what is unfinished.
+        index. trace: which blocks to report, see `RequestOutput.blocks`; RequestError when the
+        engine cannot. Closing the stream aborts what is unfinished.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The engine's own process: `python -m nsa_serve.engine_process FD`.
+"""The engine's own process: `python -m nsa_serve.engine_process [--log-... X] FD`.
 
 FD is one end of a socket pair, inherited from the API process. The first frame on it is the
 `EngineConfig` as JSON. The process answers with `LoadProgress`, then `EngineReady` or
@@ -7,6 +7,7 @@ that silence means trouble. It ends on `Shutdown` or when the API process is gon
 SIGTERM are for the API process and ignored here.
 """
 
+import argparse
 import ctypes
 import logging
 import os
@@ -20,8 +21,9 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
 from nsa_serve.config import EngineConfig
-from nsa_serve.errors import NSAServeError, RequestError
+from nsa_serve.errors import NSAServeError
 from nsa_serve.ipc import Channel, FrameError
+from nsa_serve.log_format import LogFormat, configure_engine_process
 from nsa_serve.messages import (
     AbortRequests,
     AddRequest,
@@ -34,7 +36,8 @@ from nsa_serve.messages import (
     StepOutputs,
     ToEngine,
 )
-from nsa_serve.request import EngineRequest, FinishReason, TokenOutput
+from nsa_serve.request import EngineRequest, TokenOutput
+from nsa_serve.request_check import make_refusal
 
 HEARTBEAT_S = 1.0
 # A step that schedules nothing while requests are unfinished must not spin.
@@ -196,23 +199,11 @@ class _Loop:
         try:
             self._engine.add(message.request)
         except NSAServeError as error:
-            self._refuse(request_id, error, str(error))
+            self._refused.append(make_refusal(request_id, error))
         except Exception as error:
             # A request that the engine did not foresee is that request's failure, not everyone's.
             logger.exception("request %s could not be added", request_id)
-            self._refuse(request_id, error, f"internal error: {type(error).__name__}")
-
-    def _refuse(self, request_id: str, error: Exception, message: str) -> None:
-        self._refused.append(
-            TokenOutput(
-                request_id,
-                [],
-                finish_reason=FinishReason.ERROR,
-                error=message,
-                error_kind=type(error).__name__,
-                error_param=error.param if isinstance(error, RequestError) else None,
-            )
-        )
+            self._refused.append(make_refusal(request_id, error))
 
 
 def _exit_orphaned() -> NoReturn:
@@ -229,16 +220,16 @@ def _die_with_parent() -> None:
             logger.warning("PR_SET_PDEATHSIG failed: %s", os.strerror(ctypes.get_errno()))
 
 
-def run_process(fd: int, make_engine: EngineFactory) -> int:
+def run_process(
+    fd: int, make_engine: EngineFactory, *, log_format: LogFormat = "text", log_level: str = "info"
+) -> int:
     """Serve on an inherited descriptor as a process of its own; return the exit code."""
     # Ctrl-C, and supervisors that stop a process group, reach this process too. The API process
     # decides what that means: it drains first, and ends this one by `Shutdown` or by its own end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _die_with_parent()
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_engine_process(log_format, log_level)
     with socket.socket(fileno=fd) as sock:
         return serve(sock, make_engine, on_orphaned=_exit_orphaned)
 
@@ -254,10 +245,16 @@ def _load_engine(
 
 def main(arguments: Sequence[str]) -> int:
     """Run the engine process; `arguments` holds the number of the inherited descriptor."""
-    if len(arguments) != 1 or not arguments[0].isdigit():
-        sys.stderr.write("usage: python -m nsa_serve.engine_process FD (started by the server)\n")
-        return 2
-    return run_process(int(arguments[0]), _load_engine)
+    parser = argparse.ArgumentParser(
+        prog="python -m nsa_serve.engine_process", description="Started by the server."
+    )
+    parser.add_argument("--log-format", choices=("text", "json"), default="text")
+    parser.add_argument("--log-level", default="info")
+    parser.add_argument("fd", type=int, help="inherited descriptor of the channel")
+    parsed = parser.parse_args(arguments)
+    return run_process(
+        parsed.fd, _load_engine, log_format=parsed.log_format, log_level=parsed.log_level
+    )
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ def fold(outputs: Iterable[RequestOutput]) -> RequestOutput:
         num_prompt_tokens=last.num_prompt_tokens,
         num_output_tokens=last.num_output_tokens,
         num_prefix_hit_tokens=last.num_prefix_hit_tokens,
+        blocks=_join_blocks(parts),
     )
 
 
@@ -51,3 +52,9 @@ def _join_logprobs(parts: Sequence[RequestOutput]) -> list[TokenLogprobs] | None
     if all(part.logprobs is None for part in parts):
         return None
     return [entry for part in parts for entry in part.logprobs or ()]
+
+
+def _join_blocks(parts: Sequence[RequestOutput]) -> list[list[list[list[int]]]] | None:
+    if all(part.blocks is None for part in parts):
+        return None
+    return [entry for part in parts for entry in part.blocks or ()]

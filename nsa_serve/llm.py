@@ -15,6 +15,7 @@ from nsa_serve.model_source import load_tokenizer
 from nsa_serve.output import OutputProcessor
 from nsa_serve.request import EngineRequest, RequestOutput, SamplingParams, TokenOutput
 from nsa_serve.request_check import check_request, sample_params
+from nsa_serve.structured.grammar import check_size
 from nsa_serve.tokenizer import Tokenizer
 
 Prompts = str | Sequence[str] | Sequence[Sequence[int]]
@@ -171,6 +172,8 @@ class _Run:
         """Check prompt `number` and note its `n` samples."""
         try:
             check_request(prompt, params, n, self._engine.info)
+            if params.structured is not None:
+                check_size(params.structured)
         except RequestError as error:
             raise RequestError(f"prompt {number}: {error}", param=error.param) from None
         for index in range(n):

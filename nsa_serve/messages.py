@@ -7,6 +7,7 @@ each step.
 
 import msgspec
 
+from nsa_serve.cache_reads import CacheReads, ReadCosts
 from nsa_serve.request import EngineRequest, TokenOutput
 
 
@@ -34,6 +35,14 @@ class CacheComponent(msgspec.Struct, frozen=True):
     total_bytes: int
 
 
+class TraceGeometry(msgspec.Struct, frozen=True, kw_only=True):
+    """What one must know of a model to read the trace of its blocks; the rest is in costs.spec."""
+
+    num_layers: int
+    num_kv_heads: int
+    costs: ReadCosts
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and what fits, known once the engine is ready."""
 
@@ -50,6 +59,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     phase_s: dict[str, float]  # start-up phase -> seconds
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
+    trace: TraceGeometry | None = None  # None where blocks cannot be traced
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -74,7 +84,12 @@ class LoadProgress(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The engine's counters and gauges after a step. `*_total` only grow."""
+    """The engine's counters and gauges after a step. `*_total` only grow.
+
+    num_step_tokens and the reads are those of the last step alone: what attention needed of the
+    cache (bytes over a server's life would outgrow 64 bits). num_graph_replays_total: None where
+    no step is replayed from a graph.
+    """
 
     num_steps_total: int = 0
     num_running: int = 0
@@ -85,6 +100,9 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     prefix_cache_queries_total: int = 0  # tokens looked up
     prefix_cache_hits_total: int = 0  # tokens found
     num_step_tokens: int = 0  # tokens of this step: prompt chunks and decode rows
+    decode_reads: CacheReads = CacheReads()
+    prefill_reads: CacheReads = CacheReads()
+    num_graph_replays_total: int | None = None
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -109,6 +109,7 @@ class _RequestState:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._prompt_logprobs: list[TokenLogprobs] | None = None
+        self._blocks: list[list[list[list[int]]]] | None = None
 
     def process(self, output: TokenOutput) -> ProcessedOutput:
         self._token_ids += output.token_ids
@@ -116,6 +117,8 @@ class _RequestState:
         self._num_prefix_hit_tokens = max(self._num_prefix_hit_tokens, output.num_prefix_hit_tokens)
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
+        if output.blocks is not None:
+            self._blocks = [*(self._blocks or ()), *output.blocks]
         text, matched = self._extend_text(output)
         finish_reason, stop_reason = output.finish_reason, output.stop_reason
         if matched is not None:
@@ -134,11 +137,14 @@ class _RequestState:
         ):
             # The engine stops on tokens only, so the last one is EOS or a stop token.
             shown = shown[:-1]
-        num_free = max(0, min(self._params.min_tokens - self._num_output_tokens, len(shown)))
+        free_text = ""
+        num_free = min(self._params.min_tokens - self._num_output_tokens, len(shown))
         self._num_output_tokens += len(output.token_ids)
-        # Text of the first min_tokens tokens is not searched, so no match can reach into it.
-        free_text = self._detokenizer.push(shown[:num_free])
-        new_text = self._detokenizer.push(shown[num_free:])
+        if num_free > 0:
+            # Text of the first min_tokens tokens is not searched, so no match can reach into it.
+            free_text = self._detokenizer.push(shown[:num_free])
+            shown = shown[num_free:]
+        new_text = self._detokenizer.push(shown)
         if output.finish_reason is not None:
             new_text += self._detokenizer.finish()
         text, matched = self._stops.push(new_text)
@@ -154,6 +160,7 @@ class _RequestState:
         logprobs, self._logprobs = self._logprobs, []
         prompt_token_ids, self._prompt_token_ids = self._prompt_token_ids, None
         prompt_logprobs, self._prompt_logprobs = self._prompt_logprobs, None
+        blocks, self._blocks = self._blocks, None
         return RequestOutput(
             request_id=self._request_id,
             index=self._index,
@@ -167,4 +174,5 @@ class _RequestState:
             num_prompt_tokens=self._num_prompt_tokens,
             num_output_tokens=self._num_output_tokens,
             num_prefix_hit_tokens=self._num_prefix_hit_tokens,
+            blocks=blocks,
         )

@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -19,6 +19,10 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 1024
+MAX_TRACED_TOKENS = 512
+MAX_TRACED_LAYERS = 64
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 1024
 
 StructuredKind = Literal["json_object", "json_schema", "regex", "choice", "grammar"]
 
@@ -101,8 +105,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         _check_float("repetition_penalty", self.repetition_penalty, 0.0, math.inf, above=True)
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        _check_logprobs("logprobs", self.logprobs)
+        _check_logprobs("prompt_logprobs", self.prompt_logprobs)
         _check_int("seed", self.seed, -(2**63), 2**63 - 1)
         _check_stop(self.stop)
         if self.logit_bias is not None:
@@ -114,6 +118,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 )
             for token_id, bias in self.logit_bias.items():
                 _check_float(f"logit_bias[{token_id}]", bias, -100.0, 100.0, param="logit_bias")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise RequestError(
+                "allowed_token_ids must name at least one token id", param="allowed_token_ids"
+            )
+        _check_bad_words(self.bad_words)
 
     @property
     def is_greedy(self) -> bool:
@@ -122,7 +131,19 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def check_token_ids(self, vocab_size: int) -> None:
         """Raise RequestError when a token id named by the request is outside the vocabulary."""
-        named = (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids))
+        allowed = self.allowed_token_ids or ()
+        if len(allowed) > vocab_size:
+            raise RequestError(
+                f"allowed_token_ids has {len(allowed)} ids, more than the {vocab_size} tokens of "
+                "the vocabulary; name each id once",
+                param="allowed_token_ids",
+            )
+        named = (
+            ("logit_bias", self.logit_bias or ()),
+            ("stop_token_ids", self.stop_token_ids),
+            ("allowed_token_ids", allowed),
+            *(("bad_words", word) for word in self.bad_words),
+        )
         for param, ids in named:
             for token_id in ids:
                 if not 0 <= token_id < vocab_size:
@@ -139,6 +160,27 @@ def _check_int(name: str, value: int | None, low: int | None, high: int | None) 
     if (low is not None and value < low) or (high is not None and value > high):
         bound = f"at least {low}" if high is None else f"between {low} and {high}"
         raise RequestError(f"{name} must be {bound}, got {value}", param=name)
+
+
+def _check_logprobs(name: str, value: int | None) -> None:
+    if value == -1:
+        raise RequestError(
+            f"{name} -1, the whole vocabulary, is not supported; ask for at most {MAX_LOGPROBS}",
+            param=name,
+        )
+    _check_int(name, value, 0, MAX_LOGPROBS)
+
+
+def _check_bad_words(bad_words: Sequence[Sequence[int]]) -> None:
+    # A word is tokenized in two ways: as it starts a text, and after a space.
+    if len(bad_words) > 2 * MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words has {len(bad_words)} sequences of tokens; at most {2 * MAX_BAD_WORDS} "
+            "are allowed",
+            param="bad_words",
+        )
+    if not all(bad_words):
+        raise RequestError("bad_words must not contain an empty sequence", param="bad_words")
 
 
 def _check_float(
@@ -171,11 +213,22 @@ def _check_stop(stop: Sequence[str]) -> None:
             )
 
 
+class TraceParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Which blocks to report that the tokens of a request selected; `trace.check_trace` checks it.
+
+    layers: which, in this order; None is all. max_tokens: of the output; those after are not
+    traced.
+    """
+
+    layers: tuple[int, ...] | None = None
+    max_tokens: int = MAX_TRACED_TOKENS
+
+
 class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A request as the engine receives it: validated, tokenized.
 
     priority: lower runs earlier (vLLM's order). cache_salt: prompts share cached pages only with
-    prompts of the same salt. trace_blocks: report which blocks every token selected.
+    prompts of the same salt. trace: report which blocks the tokens selected, None = do not.
     """
 
     request_id: str
@@ -183,7 +236,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     params: SamplingParams
     priority: int = 0
     cache_salt: str | None = None
-    trace_blocks: bool = False
+    trace: TraceParams | None = None
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -201,8 +254,8 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     prompt_logprobs and queued_s (seconds from arrival in the engine to the first row) come once,
     with the first token; prompt_logprobs[i] is for prompt token i + 1. error: why finish_reason is
     ERROR, error_kind: class name of that error, error_param: the field at fault.
-    blocks: for every token of token_ids, layer and KV head, the blocks that the query which led to
-    it selected, when the request asked for a trace.
+    blocks: for every token of token_ids, traced layer and KV head, the blocks that the query which
+    led to it selected, when the request asked for a trace and its bound is not reached.
     """
 
     request_id: str
@@ -216,6 +269,7 @@ class TokenOutput(msgspec.Struct, frozen=True, omit_defaults=True):
     error_kind: str | None = None
     error_param: str | None = None
     queued_s: float = 0.0
+    num_preemptions: int = 0
     blocks: list[list[list[list[int]]]] | None = None
 
 
@@ -241,6 +295,15 @@ class RequestOutput(msgspec.Struct, frozen=True, kw_only=True):
     blocks: list[list[list[list[int]]]] | None = None
 
 
+class RequestMatcher(Protocol):
+    """Follows the output of one request through its grammar; `nsa_serve.structured` has it."""
+
+    @property
+    def is_done(self) -> bool:
+        """True once nothing but the end of the sequence may follow."""
+        ...
+
+
 class Request:
     """The engine's state of one request; lives from arrival to its last token.
 
@@ -251,6 +314,7 @@ class Request:
     __slots__ = (
         "arrival_s",
         "cache_salt",
+        "matcher",
         "num_computed_tokens",
         "num_preemptions",
         "num_prefix_hit_tokens",
@@ -266,6 +330,7 @@ class Request:
         "scheduled_s",
         "status",
         "token_ids",
+        "trace",
     )
 
     def __init__(self, message: EngineRequest, *, arrival_s: float | None = None) -> None:
@@ -273,6 +338,7 @@ class Request:
         self.params = message.params
         self.priority = message.priority
         self.cache_salt = message.cache_salt
+        self.trace = message.trace
         self.arrival_s = time.monotonic() if arrival_s is None else arrival_s
         self.scheduled_s: float | None = None  # when it first left the queue
         self.prompt_token_ids = message.prompt_token_ids
@@ -286,8 +352,15 @@ class Request:
         self.page_hashes: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.status = RequestStatus.WAITING
+        # Set when the request has `params.structured`; here, so that it outlives a preemption.
+        self.matcher: RequestMatcher | None = None
         seed = message.params.seed
         self.sampling_seed = random.getrandbits(63) if seed is None else seed
+
+    @property
+    def is_traced(self) -> bool:
+        """True when the next token is to come with its trace."""
+        return self.trace is not None and len(self.output_token_ids) < self.trace.max_tokens
 
     @property
     def queued_s(self) -> float:

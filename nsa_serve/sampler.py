@@ -1,7 +1,7 @@
 """Choose the next token of every row of a step.
 
-The order is vLLM's: reported log-probabilities are of the model's own distribution; then logit
-bias, min_tokens, the penalties; greedy rows take the likeliest token; the others are scaled by
+The order is vLLM's: reported log-probabilities are of the model's own distribution; then excluded
+tokens, logit bias, the penalties; greedy rows take the likeliest token; the others are scaled by
 the temperature, cut by min_p, top_k and top_p, and drawn.
 
 A draw is a function of the row's logits, its request's seed and its position alone, so that a
@@ -20,21 +20,27 @@ from hashlib import blake2b
 import torch
 from torch import Tensor
 
+from nsa_serve.exclusions import Exclusions
 from nsa_serve.logprobs import token_logprobs
 from nsa_serve.penalties import Penalties
-from nsa_serve.request import Request, TokenLogprobs
+from nsa_serve.request import Request, SamplingParams, TokenLogprobs
 from nsa_serve.row_search import draw_by_index, first_argmax
 from nsa_serve.sampling_cut import cut_weights, is_cut
 from nsa_serve.scheduler_output import SampledToken
+from nsa_serve.structured.masks import StepMasks
 
 __all__ = ["Sampler", "SamplingFailure", "token_logprobs", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingFailure:
-    """No token could be chosen for a row; `message` says why. It ends that request alone."""
+    """No token could be chosen for a row; `message` says why. It ends that request alone.
+
+    is_request_fault: what the request asked for left no token.
+    """
 
     message: str
+    is_request_fault: bool = False
 
 
 class Sampler:
@@ -44,16 +50,17 @@ class Sampler:
     """
 
     def __init__(self, eos_token_ids: Sequence[int] = ()) -> None:
-        self._eos_token_ids = tuple(eos_token_ids)
+        self._exclusions = Exclusions(eos_token_ids)
         self._penalties = Penalties()
 
     def sample(
-        self, logits: Tensor, requests: Sequence[Request]
+        self, logits: Tensor, requests: Sequence[Request], masks: StepMasks | None = None
     ) -> list[SampledToken | SamplingFailure]:
         """Return one token a row, in order.
 
-        logits: float32 [R, V], row i for `requests[i]`; they are overwritten. A row whose largest
-        logit is NaN or infinite gives a `SamplingFailure`.
+        logits: float32 [R, V], row i for `requests[i]`; they are overwritten. masks: what grammars
+        allow. A row whose largest logit is NaN or infinite, or whose grammar has failed, gives a
+        `SamplingFailure`.
         """
         assert logits.dtype == torch.float32, logits.dtype
         assert logits.shape[0] == len(requests), (logits.shape, len(requests))
@@ -61,8 +68,11 @@ class Sampler:
             return []
         reported = [row for row, item in enumerate(requests) if item.params.logprobs is not None]
         raw_logits = logits[reported] if reported else None
-        self._edit_logits(logits, requests)
+        self._exclusions.apply(logits, requests, masks)
+        self._add_bias(logits, requests)
+        self._penalties.apply(logits, requests)
 
+        failed = {} if masks is None else masks.failures
         best = first_argmax(logits)  # [R]
         peaks = logits.gather(1, best[:, None])  # [R, 1]
         token_ids = best.tolist()
@@ -79,26 +89,22 @@ class Sampler:
         if raw_logits is not None:
             logprobs = _chosen_logprobs(raw_logits, reported, token_ids, requests)
         return [
-            SampledToken(token_ids[row], logprobs.get(row))
+            SamplingFailure(failed[row].message, failed[row].is_request_fault)
+            if row in failed
+            else SampledToken(token_ids[row], logprobs.get(row))
             if is_valid[row]
-            else SamplingFailure(_failure_message(float(peaks[row, 0])))
-            for row in range(len(requests))
+            else _failure(request.params, float(peaks[row, 0]))
+            for row, request in enumerate(requests)
         ]
 
-    def _edit_logits(self, logits: Tensor, requests: Sequence[Request]) -> None:
-        """Apply logit bias, min_tokens and the penalties, in place."""
+    def _add_bias(self, logits: Tensor, requests: Sequence[Request]) -> None:
         for row, request in enumerate(requests):
-            params = request.params
-            if params.logit_bias:
-                ids = torch.tensor(list(params.logit_bias), device=logits.device)
+            bias = request.params.logit_bias
+            if bias:
+                ids = torch.tensor(list(bias), device=logits.device)
                 logits[row, ids] += torch.tensor(
-                    list(params.logit_bias.values()), dtype=logits.dtype, device=logits.device
+                    list(bias.values()), dtype=logits.dtype, device=logits.device
                 )
-            if request.num_output_tokens < params.min_tokens:
-                held_back = [*self._eos_token_ids, *params.stop_token_ids]
-                if held_back:
-                    logits[row, torch.tensor(held_back, device=logits.device)] = -torch.inf
-        self._penalties.apply(logits, requests)
 
     def _draw(
         self, logits: Tensor, peaks: Tensor, rows: list[int], requests: Sequence[Request]
@@ -143,7 +149,18 @@ def _chosen_logprobs(
     return dict(zip(rows, entries, strict=True))
 
 
-def _failure_message(peak: float) -> str:
-    if peak == -torch.inf:
-        return "every token was excluded: no logit is above -inf"
-    return f"the model produced logits that are not finite (largest: {peak})"
+def _failure(params: SamplingParams, peak: float) -> SamplingFailure:
+    if peak != -torch.inf:
+        return SamplingFailure(f"the model produced logits that are not finite (largest: {peak})")
+    constraints = {
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": params.bad_words,
+        "min_tokens": params.min_tokens,
+        "structured output": params.structured,
+    }
+    named = [name for name, value in constraints.items() if value]
+    return SamplingFailure(
+        "every token was excluded: "
+        + (f"loosen {', '.join(named)}" if named else "no logit is above -inf"),
+        is_request_fault=bool(named),
+    )

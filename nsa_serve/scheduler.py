@@ -123,10 +123,16 @@ class Scheduler:
         self._end(entry)
         return entry.request
 
-    def fail(self, request_id: str, message: str) -> TokenOutput:
+    def fail(self, request_id: str, message: str, *, error_kind: str | None = None) -> TokenOutput:
         """End one request with FinishReason.ERROR and free its pages; KeyError if unknown."""
         self._end(self._entries[request_id])
-        return TokenOutput(request_id, [], finish_reason=FinishReason.ERROR, error=message)
+        return TokenOutput(
+            request_id,
+            [],
+            finish_reason=FinishReason.ERROR,
+            error=message,
+            error_kind=error_kind,
+        )
 
     def schedule(self) -> SchedulerOutput:
         """Choose the rows of the next step and give them pages.
@@ -356,6 +362,9 @@ class Scheduler:
 
     def _stop(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
         params = request.params
+        # A grammar lets EOS come only at its end, after which nothing can be sampled.
+        if request.matcher is not None and token_id in self.eos_token_ids:
+            return FinishReason.STOP, None
         if request.num_output_tokens >= params.min_tokens:
             if token_id in self.eos_token_ids and not params.ignore_eos:
                 return FinishReason.STOP, None

@@ -8,10 +8,14 @@ from nsa_serve.request import FinishReason, Request, RequestStatus, TokenLogprob
 
 
 class SampledToken(msgspec.Struct, frozen=True):
-    """What the sampler chose for one row."""
+    """What the sampler chose for one row.
+
+    blocks: by traced layer and KV head, when the request is traced.
+    """
 
     token_id: int
     logprobs: TokenLogprobs | None = None
+    blocks: list[list[list[int]]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ def make_token_output(
 ) -> TokenOutput:
     """Report new tokens of a request; the first report carries what is said only once."""
     logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
+    blocks = [token.blocks for token in tokens if token.blocks is not None]
     has_prompt_logprobs = is_first and request.params.prompt_logprobs is not None
     return TokenOutput(
         request_id=request.request_id,
@@ -73,4 +78,6 @@ def make_token_output(
         stop_reason=stop_reason,
         num_prefix_hit_tokens=request.num_prefix_hit_tokens,
         queued_s=request.queued_s if is_first else 0.0,
+        blocks=blocks or None,
+        num_preemptions=request.num_preemptions,
     )

@@ -104,6 +104,11 @@ class Tokenizer:
         return None if self._template is None else self._template.source
 
     @property
+    def template_variables(self) -> frozenset[str]:
+        """Names that the chat template reads; none without a template."""
+        return frozenset() if self._template is None else self._template.variables
+
+    @property
     def byte_table(self) -> TokenBytes:
         """What the incremental detokenizer puts text together from."""
         return self._bytes

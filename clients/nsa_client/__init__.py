@@ -28,10 +28,15 @@ from nsa_client.types import (
     Completion,
     CompletionChoice,
     Model,
+    NSATrace,
     TokenizeResult,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
+    join_tool_calls,
 )
+from nsa_client.version import __version__
 
 __all__ = [
     "APIConnectionError",
@@ -55,6 +60,7 @@ __all__ = [
     "InternalServerError",
     "InvalidResponseError",
     "Model",
+    "NSATrace",
     "NotFoundError",
     "PermissionDeniedError",
     "RateLimitError",
@@ -64,5 +70,9 @@ __all__ = [
     "StreamError",
     "TokenLogprob",
     "TokenizeResult",
+    "ToolCall",
+    "ToolCallDelta",
     "Usage",
+    "__version__",
+    "join_tool_calls",
 ]

@@ -89,11 +89,22 @@ class AsyncClient(ClientCore):
         """Return the models that the server offers."""
         return await self._run(self._models_call())
 
+    async def model(self, name: str) -> Model:
+        """Return one model. Raises NotFoundError when the server does not offer it."""
+        return await self._run(self._model_call(name))
+
     async def tokenize(
-        self, text: str | Messages, *, add_special_tokens: bool | None = None
+        self,
+        text: str | Messages,
+        *,
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool | None = None,
     ) -> TokenizeResult:
         """Return the tokens of a text, or of a conversation in the model's chat template."""
-        return await self._run(self._tokenize_call(text, add_special_tokens=add_special_tokens))
+        call = self._tokenize_call(
+            text, add_special_tokens=add_special_tokens, return_token_strs=return_token_strs
+        )
+        return await self._run(call)
 
     async def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
@@ -103,10 +114,21 @@ class AsyncClient(ClientCore):
         """Return the Prometheus metrics in their text format."""
         return (await self._send("GET", self.base_url + "/metrics", None)).text
 
+    async def version(self) -> str:
+        """Return the version of the server."""
+        return await self._run(self._version_call())
+
     async def health(self) -> bool:
         """Return True when the server can answer, False when it says 503. Never retries."""
+        return await self._probe("/health")
+
+    async def ready(self) -> bool:
+        """Return True when the server takes requests, False while it loads or drains."""
+        return await self._probe("/ready")
+
+    async def _probe(self, path: str) -> bool:
         try:
-            response = await self._http.get(self.base_url + "/health")
+            response = await self._http.get(self.base_url + path)
         except httpx.RequestError as error:
             raise connection_error(error, self.base_url) from error
         if response.status_code not in (200, 503):

@@ -1,73 +1,98 @@
-"""The `nsa-client` command: chat, complete, bench."""
+"""The `nsa-client` command, and the client half of `nsa-serve`: chat, complete, bench."""
 
 import argparse
-import asyncio
-import json
-import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsa_client.bench import BenchConfig, run_bench
-from nsa_client.chat import run_chat, run_complete
+from nsa_client.bench_cli import add_bench_flags, json_object, run_bench_command
+from nsa_client.chat import SAMPLING, Chat, run_chat, run_complete
 from nsa_client.client import Client
 from nsa_client.core import DEFAULT_BASE_URL
 from nsa_client.errors import APIError
 
-_SAMPLING: dict[str, type] = {
-    "max-tokens": int,
-    "temperature": float,
-    "top-p": float,
-    "top-k": int,
-    "min-p": float,
-    "repetition-penalty": float,
-    "seed": int,
+COMMANDS: Mapping[str, str] = {
+    "chat": "converse in the terminal, or with lines from a pipe",
+    "complete": "continue a text and write it as it comes",
+    "bench": "send many requests and report latency and throughput",
 }
+_HISTORY_LINES = 1000
+_EXIT_FAILED, _EXIT_USAGE, _EXIT_INTERRUPTED, _EXIT_PIPE = 1, 2, 130, 141
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Exit status: 0 success, 1 a request failed, 2 a wrong argument."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str = "nsa-client",
+    url: str = DEFAULT_BASE_URL,
+    api_key: str | None = None,
+) -> int:
+    """Run the command line. Exit status: 0 success, 1 a request failed, 2 a wrong argument.
+
+    url: the server when no flag names one; api_key: its key, sent to no other server.
+    """
+    args = make_parser(prog, url).parse_args(argv)
     try:
-        return int(args.run(args))
+        key = _read_key(args.api_key_file)
+        if key is None and args.url == url:
+            key = api_key
+        status: int = args.run(args, key)
+        # Here, where a reader that left early can still be answered.
+        sys.stdout.flush()
+        return status
     except APIError as error:
-        sys.stderr.write(f"nsa-client: {error.message}\n")
-        return 1
+        sys.stderr.write(f"{prog}: {error.message}\n")
+        return _EXIT_FAILED
+    except BrokenPipeError:
+        # Else the interpreter complains when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_PIPE
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"nsa-client: {error}\n")
-        return 2
+        sys.stderr.write(f"{prog}: {error}\n")
+        return _EXIT_USAGE
     except KeyboardInterrupt:
-        return 130
+        return _EXIT_INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser(prog: str, url: str) -> argparse.ArgumentParser:
+    """Return the parser; `run` is the function of the command."""
     parser = argparse.ArgumentParser(
-        prog="nsa-client", description="Talk to an OpenAI-compatible server, or measure it."
+        prog=prog, description="Talk to an OpenAI-compatible server, or measure it."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    chat = _add_command(commands, "chat", "converse in the terminal, or with lines from a pipe")
-    chat.add_argument("--system", help="system prompt")
+
+    chat = _add_command(commands, "chat", url, _chat)
+    chat.add_argument(
+        "-q", "--quick", metavar="MESSAGE", help="write one answer and leave; - reads a whole pipe"
+    )
+    chat.add_argument("--system", "--system-prompt", metavar="TEXT", help="system prompt")
+    chat.add_argument(
+        "--history-file", type=Path, metavar="FILE", help="keep the lines typed, for later chats"
+    )
     _add_sampling(chat)
-    chat.set_defaults(run=_chat)
-    complete = _add_command(commands, "complete", "continue a text and write it as it comes")
+
+    complete = _add_command(commands, "complete", url, _complete)
     complete.add_argument("prompt", help="the text; - reads it from standard input")
     _add_sampling(complete)
     complete.add_argument("--stop", action="append", metavar="TEXT", help="end before this text")
-    complete.set_defaults(run=_complete)
-    bench = _add_command(commands, "bench", "send many requests and report latency and throughput")
-    _add_bench(bench)
-    bench.set_defaults(run=_bench)
+
+    add_bench_flags(_add_command(commands, "bench", url, _bench))
     return parser
 
 
-def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+def _add_command(
+    commands: Any, name: str, url: str, run: Callable[[argparse.Namespace, str | None], int]
+) -> argparse.ArgumentParser:
+    summary = COMMANDS[name]
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, allow_abbrev=False
     )
+    parser.set_defaults(run=run)
     group = parser.add_argument_group("Server")
-    group.add_argument("--url", default=DEFAULT_BASE_URL, help="default: %(default)s")
+    group.add_argument("--url", "--base-url", default=url, help="default: %(default)s")
     group.add_argument("--model", help="default: the first that the server lists")
     group.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="file whose first line is the API key"
@@ -77,147 +102,85 @@ def _add_command(commands: Any, name: str, summary: str) -> argparse.ArgumentPar
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Sampling (what is not given, the server decides)")
-    for name, kind in _SAMPLING.items():
-        group.add_argument(f"--{name}", type=kind, metavar="N")
-
-
-def _add_bench(parser: argparse.ArgumentParser) -> None:
-    default = BenchConfig(vocab_size=1)
-    load = parser.add_argument_group("Load")
-    load.add_argument("--num-prompts", type=int, default=default.num_prompts, metavar="N")
-    load.add_argument("--max-concurrency", type=int, metavar="N", help="default: no limit")
-    load.add_argument(
-        "--request-rate",
-        type=float,
-        default=math.inf,
-        metavar="R",
-        help="requests/s at random (Poisson) times; default: as fast as the concurrency allows",
+    for name, kind in SAMPLING.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
+    group.add_argument(
+        "--extra-body", type=json_object, metavar="JSON", help="more fields of the request"
     )
-    load.add_argument("--num-warmups", type=int, default=0, metavar="N", help="before the clock")
-    load.add_argument("--seed", type=int, default=0, metavar="N", help="of prompts and times")
-    load.add_argument("--timeout", type=float, default=default.timeout_s, metavar="S")
-    what = parser.add_argument_group("Requests")
-    what.add_argument("--endpoint", choices=("completions", "chat"), default="completions")
-    prompts = what.add_mutually_exclusive_group(required=True)
-    prompts.add_argument("--prompt-file", type=Path, metavar="FILE", help="one prompt a line")
-    prompts.add_argument(
-        "--vocab-size", type=int, metavar="N", help="random prompts of token ids below N"
-    )
-    what.add_argument(
-        "--random-input-len", type=int, metavar="N", help="tokens a random prompt; default: 128"
-    )
-    what.add_argument("--output-len", type=int, default=default.output_len, metavar="N")
-    what.add_argument(
-        "--stop-at-eos",
-        action="store_true",
-        help="let an answer end early; else it has exactly --output-len tokens",
-    )
-    what.add_argument("--temperature", type=float, default=0.0, metavar="N")
-    what.add_argument(
-        "--extra-body", type=_json_object, default={}, metavar="JSON", help="more request fields"
-    )
-    out = parser.add_argument_group("Report")
-    out.add_argument("--json", action="store_true", help="the last line is the result as JSON")
 
 
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"not JSON ({error}): {text!r}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"expected a JSON object, got {text!r}")
-    return value
-
-
-def _api_key(args: argparse.Namespace) -> str | None:
-    if args.api_key_file is None:
+def _read_key(path: Path | None) -> str | None:
+    if path is None:
         return None
-    lines = args.api_key_file.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8").splitlines()
     if not lines or not lines[0].strip():
-        raise ValueError(f"{args.api_key_file}: the first line must be the API key")
-    return str(lines[0].strip())
+        raise ValueError(f"{path}: the first line must be the API key")
+    return lines[0].strip()
 
 
-def _client(args: argparse.Namespace) -> Client:
-    return Client(args.url, _api_key(args), model=args.model)
-
-
-def _sampling(args: argparse.Namespace) -> dict[str, Any]:
-    values = {name.replace("-", "_"): None for name in _SAMPLING}
-    values = {name: getattr(args, name) for name in values}
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    values = {name: getattr(args, name) for name in (*SAMPLING, "extra_body")}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def _chat(args: argparse.Namespace) -> int:
-    is_interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if is_interactive:
-        # Importing it gives input() line editing and history; it is missing on some platforms.
-        try:
-            import readline  # noqa: F401
-        except ImportError:
-            sys.stderr.write("no line editing: this Python has no readline module\n")
-    with _client(args) as client:
-        return run_chat(
-            client,
-            input,
-            sys.stdout,
-            sys.stderr,
-            system=args.system,
-            is_interactive=is_interactive,
-            **_sampling(args),
-        )
+def _chat(args: argparse.Namespace, api_key: str | None) -> int:
+    is_interactive = sys.stdin.isatty() and sys.stdout.isatty() and args.quick is None
+    if args.history_file is not None and not is_interactive:
+        raise ValueError("--history-file is for a conversation in a terminal; leave it out")
+    with Client(args.url, api_key, model=args.model) as client:
+        if args.quick is not None:
+            message = sys.stdin.read() if args.quick == "-" else args.quick
+            chat = Chat(client, sys.stdout, is_interactive=False, options=_options(args))
+            chat.set_system(args.system)
+            chat.say(message)
+            return 0
+        with _line_editing(args.history_file, is_wanted=is_interactive):
+            return run_chat(
+                client,
+                input,
+                sys.stdout,
+                sys.stderr,
+                system=args.system,
+                is_interactive=is_interactive,
+                **_options(args),
+            )
 
 
-def _complete(args: argparse.Namespace) -> int:
+@contextmanager
+def _line_editing(history_file: Path | None, *, is_wanted: bool) -> Iterator[None]:
+    """Give `input` line editing and a history; the history is kept in a file where one is named."""
+    if not is_wanted:
+        yield
+        return
+    try:
+        # Importing it is what changes `input`; some platforms do not have it.
+        import readline
+    except ImportError:
+        sys.stderr.write("no line editing: this Python has no readline module\n")
+        yield
+        return
+    if history_file is None:
+        yield
+        return
+    # What people type is theirs alone.
+    history_file.touch(mode=0o600)
+    readline.read_history_file(history_file)
+    readline.set_history_length(_HISTORY_LINES)
+    try:
+        yield
+    finally:
+        readline.write_history_file(history_file)
+
+
+def _complete(args: argparse.Namespace, api_key: str | None) -> int:
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    options = _sampling(args)
+    options = _options(args)
     if args.stop:
         options["stop"] = args.stop
-    with _client(args) as client:
+    with Client(args.url, api_key, model=args.model) as client:
         run_complete(client, prompt, sys.stdout, **options)
     return 0
 
 
-def _bench(args: argparse.Namespace) -> int:
-    result = asyncio.run(run_bench(_bench_config(args)))
-    sys.stdout.write(result.table() + "\n")
-    if args.json:
-        settings = {
-            "endpoint": args.endpoint,
-            "num_prompts": args.num_prompts,
-            "max_concurrency": args.max_concurrency,
-            "request_rate": args.request_rate if math.isfinite(args.request_rate) else "inf",
-        }
-        sys.stdout.write(json.dumps(settings | result.to_dict(), allow_nan=False) + "\n")
-    return 1 if result.num_failed else 0
-
-
-def _bench_config(args: argparse.Namespace) -> BenchConfig:
-    prompts = None
-    if args.prompt_file is not None:
-        if args.random_input_len is not None:
-            raise ValueError("--random-input-len is for random prompts, not for --prompt-file")
-        lines = args.prompt_file.read_text(encoding="utf-8").splitlines()
-        prompts = tuple(line for line in lines if line.strip())
-        if not prompts:
-            raise ValueError(f"{args.prompt_file} has no prompts; write one a line")
-    return BenchConfig(
-        base_url=args.url,
-        api_key=_api_key(args),
-        model=args.model,
-        endpoint=args.endpoint,
-        num_prompts=args.num_prompts,
-        max_concurrency=args.max_concurrency,
-        request_rate=args.request_rate,
-        prompts=prompts,
-        random_input_len=128 if args.random_input_len is None else args.random_input_len,
-        vocab_size=args.vocab_size,
-        output_len=args.output_len,
-        ignore_eos=not args.stop_at_eos,
-        temperature=args.temperature,
-        seed=args.seed,
-        num_warmups=args.num_warmups,
-        timeout_s=args.timeout,
-        extra_body=args.extra_body,
-    )
+def _bench(args: argparse.Namespace, api_key: str | None) -> int:
+    return run_bench_command(args, api_key)

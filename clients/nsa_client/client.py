@@ -92,11 +92,22 @@ class Client(ClientCore):
         """Return the models that the server offers."""
         return self._run(self._models_call())
 
+    def model(self, name: str) -> Model:
+        """Return one model. Raises NotFoundError when the server does not offer it."""
+        return self._run(self._model_call(name))
+
     def tokenize(
-        self, text: str | Messages, *, add_special_tokens: bool | None = None
+        self,
+        text: str | Messages,
+        *,
+        add_special_tokens: bool | None = None,
+        return_token_strs: bool | None = None,
     ) -> TokenizeResult:
         """Return the tokens of a text, or of a conversation in the model's chat template."""
-        return self._run(self._tokenize_call(text, add_special_tokens=add_special_tokens))
+        call = self._tokenize_call(
+            text, add_special_tokens=add_special_tokens, return_token_strs=return_token_strs
+        )
+        return self._run(call)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Return the text of token ids."""
@@ -106,10 +117,21 @@ class Client(ClientCore):
         """Return the Prometheus metrics in their text format."""
         return self._send("GET", self.base_url + "/metrics", None).text
 
+    def version(self) -> str:
+        """Return the version of the server."""
+        return self._run(self._version_call())
+
     def health(self) -> bool:
         """Return True when the server can answer, False when it says 503. Never retries."""
+        return self._probe("/health")
+
+    def ready(self) -> bool:
+        """Return True when the server takes requests, False while it loads or drains."""
+        return self._probe("/ready")
+
+    def _probe(self, path: str) -> bool:
         try:
-            response = self._http.get(self.base_url + "/health")
+            response = self._http.get(self.base_url + path)
         except httpx.RequestError as error:
             raise connection_error(error, self.base_url) from error
         if response.status_code not in (200, 503):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
 
@@ -78,15 +79,18 @@ class ClientCore:
         path = "/v1/chat/completions"
         return Call("POST", path, parse.parse_chat_completion, body, needs_model=True)
 
+    def _model_call(self, name: str) -> Call[Model]:
+        return Call("GET", f"/v1/models/{quote(name)}", parse.parse_model)
+
+    def _version_call(self) -> Call[str]:
+        return Call("GET", "/version", parse.parse_version)
+
     def _models_call(self) -> Call[list[Model]]:
         return Call("GET", "/v1/models", parse.parse_models)
 
-    def _tokenize_call(
-        self, text: str | Messages, *, add_special_tokens: bool | None
-    ) -> Call[TokenizeResult]:
+    def _tokenize_call(self, text: str | Messages, **options: bool | None) -> Call[TokenizeResult]:
         body: dict[str, Any] = {"prompt" if isinstance(text, str) else "messages": text}
-        if add_special_tokens is not None:
-            body["add_special_tokens"] = add_special_tokens
+        body |= {name: value for name, value in options.items() if value is not None}
         return Call("POST", "/tokenize", parse.parse_tokenize, body, needs_model=True)
 
     def _detokenize_call(self, token_ids: Sequence[int]) -> Call[str]:

@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 class SamplingOptions(TypedDict, total=False):
     """What both endpoints take. Meanings and ranges are those of the OpenAI API and of vLLM.
 
+    response_format: OpenAI's `json_object` or `json_schema`. structured_outputs: one of `json`,
+    `regex`, `choice`, `grammar`. nsa_trace: report the blocks that every token selected.
     extra_body: any other field of the request's JSON, sent as it is.
     """
 
@@ -24,6 +26,7 @@ class SamplingOptions(TypedDict, total=False):
     logit_bias: Mapping[str, float] | None
     seed: int | None
     n: int
+    best_of: int
     stop: str | Sequence[str] | None
     stop_token_ids: Sequence[int] | None
     include_stop_str_in_output: bool
@@ -31,10 +34,17 @@ class SamplingOptions(TypedDict, total=False):
     skip_special_tokens: bool
     add_special_tokens: bool
     truncate_prompt_tokens: int | None
+    allowed_token_ids: Sequence[int] | None
+    bad_words: Sequence[str] | None
+    response_format: Mapping[str, Any] | None
+    structured_outputs: Mapping[str, Any] | None
     prompt_logprobs: int | None
     return_token_ids: bool
+    return_tokens_as_token_ids: bool
+    nsa_trace: bool | Mapping[str, Any] | None
     priority: int
     cache_salt: str | None
+    request_id: str
     user: str | None
     extra_body: Mapping[str, Any]
 
@@ -47,13 +57,23 @@ class CompletionOptions(SamplingOptions, total=False):
 
 
 class ChatOptions(SamplingOptions, total=False):
-    """Options of `chat` and `stream_chat`."""
+    """Options of `chat` and `stream_chat`.
+
+    tools: functions in the form of the OpenAI API. tool_choice: "none", "auto", "required" or one
+    function. include_reasoning: False leaves the block of thought out of the answer.
+    """
 
     logprobs: bool
     top_logprobs: int | None
     max_completion_tokens: int | None
     add_generation_prompt: bool
     continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any] | None
+    tools: Sequence[Mapping[str, Any]] | None
+    tool_choice: str | Mapping[str, Any] | None
+    parallel_tool_calls: bool
+    reasoning_effort: str | None
+    include_reasoning: bool
 
 
 def request_body(

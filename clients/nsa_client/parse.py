@@ -1,7 +1,7 @@
 """The server's JSON to the dataclasses of types.py."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import httpx
@@ -17,8 +17,11 @@ from nsa_client.types import (
     Completion,
     CompletionChoice,
     Model,
+    NSATrace,
     TokenizeResult,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 
@@ -94,10 +97,10 @@ def parse_chat_completion(raw: Any, request_id: str | None) -> ChatCompletion:
     choices = tuple(
         ChatCompletionChoice(
             index=choice["index"],
-            message=ChatMessage(
-                role=choice["message"]["role"], content=choice["message"].get("content") or ""
-            ),
+            message=_message(choice["message"]),
             logprobs=_chat_logprobs(choice.get("logprobs")),
+            tool_calls=_tool_calls(choice["message"].get("tool_calls") or ()),
+            reasoning=_reasoning(choice["message"]),
             **_ending(choice),
         )
         for choice in _choices(raw)
@@ -118,6 +121,8 @@ def parse_chunk(raw: Any) -> Chunk:
                 text=delta.get("content") or "",
                 role=delta.get("role"),
                 logprobs=parse_logprobs(choice.get("logprobs")),
+                tool_calls=_tool_call_deltas(delta.get("tool_calls") or ()),
+                reasoning=_reasoning(delta) or "",
                 **_ending(choice),
             )
         )
@@ -126,15 +131,23 @@ def parse_chunk(raw: Any) -> Chunk:
 
 def parse_models(raw: Any, request_id: str | None) -> list[Model]:
     """Build the answer of /v1/models."""
-    return [
-        Model(id=model["id"], max_model_len=model.get("max_model_len"), raw=model)
-        for model in raw["data"]
-    ]
+    return [parse_model(model, request_id) for model in raw["data"]]
+
+
+def parse_model(raw: Any, request_id: str | None) -> Model:
+    """Build the answer of /v1/models/{id}."""
+    return Model(id=raw["id"], max_model_len=raw.get("max_model_len"), raw=raw)
 
 
 def parse_tokenize(raw: Any, request_id: str | None) -> TokenizeResult:
     """Build the answer of /tokenize."""
-    return TokenizeResult(tuple(raw["tokens"]), raw.get("max_model_len"), raw)
+    strs = raw.get("token_strs")
+    return TokenizeResult(
+        tuple(raw["tokens"]),
+        raw.get("max_model_len"),
+        raw,
+        token_strs=None if strs is None else tuple(strs),
+    )
 
 
 def parse_detokenize(raw: Any, request_id: str | None) -> str:
@@ -143,6 +156,11 @@ def parse_detokenize(raw: Any, request_id: str | None) -> str:
     if not isinstance(text, str):
         raise TypeError(f"prompt must be a string, got {type(text).__name__}")
     return text
+
+
+def parse_version(raw: Any, request_id: str | None) -> str:
+    """Return the version in the answer of /version."""
+    return str(raw["version"])
 
 
 def _choices(raw: Any) -> list[Any]:
@@ -168,7 +186,56 @@ def _ending(choice: Mapping[str, Any]) -> dict[str, Any]:
         "finish_reason": choice.get("finish_reason"),
         "stop_reason": choice.get("stop_reason"),
         "token_ids": None if token_ids is None else tuple(token_ids),
+        "nsa_trace": _trace(choice.get("nsa_trace")),
     }
+
+
+def _message(message: Mapping[str, Any]) -> ChatMessage:
+    """Keep what can be sent back: the thought is not part of a conversation."""
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if calls:
+        return ChatMessage(role=message["role"], content=content, tool_calls=calls)
+    return ChatMessage(role=message["role"], content=content or "")
+
+
+def _reasoning(message: Mapping[str, Any]) -> str | None:
+    # vLLM renamed the field; servers send either name, or both with the same text.
+    text = message.get("reasoning")
+    return message.get("reasoning_content") if text is None else text
+
+
+def _tool_calls(calls: Iterable[Mapping[str, Any]]) -> tuple[ToolCall, ...]:
+    return tuple(
+        ToolCall(call["id"], call["function"]["name"], call["function"]["arguments"])
+        for call in calls
+    )
+
+
+def _tool_call_deltas(calls: Iterable[Mapping[str, Any]]) -> tuple[ToolCallDelta, ...]:
+    functions = ((call, call.get("function") or {}) for call in calls)
+    return tuple(
+        ToolCallDelta(
+            call["index"], call.get("id"), function.get("name"), function.get("arguments") or ""
+        )
+        for call, function in functions
+    )
+
+
+def _trace(trace: Mapping[str, Any] | None) -> NSATrace | None:
+    if trace is None:
+        return None
+    return NSATrace(
+        block_size=trace["block_size"],
+        position=trace.get("position"),
+        layers=tuple(trace["layers"]),
+        tokens=tuple(
+            tuple(tuple(tuple(blocks) for blocks in heads) for heads in layers)
+            for layers in trace["tokens"]
+        ),
+        is_truncated=bool(trace.get("truncated")),
+        raw=trace,
+    )
 
 
 def _usage(usage: Mapping[str, Any] | None) -> Usage | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels import torch_ops, torch_plan
+from nsa_kernels.block_trace import BlockTrace
 from nsa_kernels.checks import check_branch_kv, check_shape
 from nsa_kernels.metadata import AttnMetadata, BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
@@ -25,6 +26,7 @@ AttnPlan: TypeAlias = "TorchPlan | GpuPlan"
 __all__ = [
     "AttnMetadata",
     "AttnPlan",
+    "BlockTrace",
     "BranchKV",
     "Branches",
     "CompressionMLP",
@@ -45,23 +47,27 @@ def plan_attention(
     device: torch.device | None = None,
     branches: Branches | None = None,
     check_bounds: bool = False,
+    trace: BlockTrace | None = None,
 ) -> AttnPlan:
     """Plan one step for every layer of a model.
 
     meta: of `build_metadata`, on the host. dtype: of queries, keys and values. device: where the
     layers run, None = cpu. branches: outputs that the gates let through, None = all.
     check_bounds: let GPU kernels assert that every page id lies in the cache; slow, for debugging.
-    The CPU path checks indices always.
+    The CPU path checks indices always. trace: records what its rows select; only on the CPU.
 
-    Raises ValueError for a device without kernels, or a geometry that they cannot tile.
+    Raises ValueError for a device without kernels, a geometry that they cannot tile, or a trace
+    where there is none.
     """
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     device = device or torch.device("cpu")
     if device.type == "cpu":
         return torch_plan.plan_attention(
-            meta, spec, num_kv_heads=num_kv_heads, dtype=dtype, branches=branches
+            meta, spec, num_kv_heads=num_kv_heads, dtype=dtype, branches=branches, trace=trace
         )
+    if trace is not None:
+        raise ValueError(f"device {device} has no block trace yet; use device cpu")
     if device.type == "cuda":
         # Imported here, so that a machine without a GPU never needs Triton.
         from nsa_kernels.gpu import plan as gpu_plan

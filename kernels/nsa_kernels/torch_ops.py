@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nsa_kernels.metadata import BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
-from nsa_kernels.torch_decode import decode_branches
-from nsa_kernels.torch_plan import BranchPlan, TorchPlan
+from nsa_kernels.torch_decode import Outputs, decode_branches
+from nsa_kernels.torch_plan import BranchPlan, DecodePlan, TorchPlan
 from nsa_kernels.torch_prefill import prefill_chunk
 
 Gates = Tensor | tuple[float, float, float]
@@ -109,8 +109,10 @@ def nsa_attention(
     if branches.cmp or branches.slc:
         compress_kv(branch_kv, cache, plan, cmp_len, compression)
     q = q * softmax_scale
+    if plan.trace is not None:
+        plan.trace.begin_layer()
     if plan.decode is not None and not plan.chunks:
-        outputs, _ = decode_branches(q, cache, plan.decode, branches)
+        outputs = _decode(q, cache, plan, plan.decode)
         return combine(outputs, gates)
     shape = (q.shape[0], q.shape[1], v.shape[2])
     o_cmp, o_slc, o_swa = (
@@ -118,13 +120,20 @@ def nsa_attention(
     )
     if plan.decode is not None:
         rows = slice(0, plan.decode.num_rows)
-        decoded, _ = decode_branches(q[rows], cache, plan.decode, branches)
+        decoded = _decode(q[rows], cache, plan, plan.decode)
         for output, part in zip((o_cmp, o_slc, o_swa), decoded, strict=True):
             if output is not None and part is not None:
                 output[rows] = part
     for chunk in plan.chunks:
-        prefill_chunk(q, cache, chunk, branches, (o_cmp, o_slc, o_swa))
+        prefill_chunk(q, cache, chunk, branches, (o_cmp, o_slc, o_swa), trace=plan.trace)
     return combine((o_cmp, o_slc, o_swa), gates)
+
+
+def _decode(q: Tensor, cache: LayerCache, plan: TorchPlan, decode: DecodePlan) -> Outputs:
+    outputs, block_indices = decode_branches(q, cache, decode, plan.branches)
+    if plan.trace is not None:
+        plan.trace.record_decode(block_indices)
+    return outputs
 
 
 def combine(outputs: tuple[Tensor | None, Tensor | None, Tensor | None], gates: Gates) -> Tensor:

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from nsa_kernels.block_trace import BlockTrace
 from nsa_kernels.metadata import AttnMetadata
 from nsa_kernels.spec import NSASpec
 
@@ -134,6 +135,7 @@ class TorchPlan:
 
     kv_rows [T * H], window_rows [W * H * l], cmp_rows [W * H]: flat token rows.
     fresh_rows [F * H]: page rows to zero first. separate: None when branches share K/V.
+    trace: where to record selections, None = nowhere.
     """
 
     branches: Branches
@@ -144,6 +146,7 @@ class TorchPlan:
     decode: DecodePlan | None
     chunks: list[ChunkPlan]
     separate: BranchPlan | None
+    trace: BlockTrace | None = None
 
 
 def overlap_weights(spec: NSASpec) -> Tensor:
@@ -190,9 +193,12 @@ def plan_attention(
     num_kv_heads: int,
     dtype: torch.dtype,
     branches: Branches | None = None,
+    trace: BlockTrace | None = None,
 ) -> TorchPlan:
     """Plan one step for layers of `num_kv_heads` heads and activations of `dtype`."""
     branches = branches or Branches()
+    if trace is not None:
+        trace.prepare(meta, spec, num_kv_heads=num_kv_heads, uses_slc=branches.slc)
     table = meta.page_table.numpy().astype(np.int64)
     swa_table = None
     if meta.branches is not None:
@@ -227,6 +233,7 @@ def plan_attention(
         decode=decode,
         chunks=chunks,
         separate=_plan_separate(meta, spec, num_kv_heads),
+        trace=trace,
     )
 
 

@@ -7,6 +7,7 @@ block, U blocks in the union of what a tile's queries selected.
 import torch
 from torch import Tensor
 
+from nsa_kernels.block_trace import BlockTrace
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.torch_plan import MASKED, Branches, ChunkPlan, TilePlan
 from nsa_kernels.torch_select import group_block_scores, select_block_mask
@@ -42,11 +43,13 @@ def prefill_chunk(
     plan: ChunkPlan,
     branches: Branches,
     outputs: tuple[Tensor | None, Tensor | None, Tensor | None],
+    *,
+    trace: BlockTrace | None = None,
 ) -> None:
     """Attend from one sequence's chunk; write its rows of (o_cmp, o_slc, o_swa).
 
     q: [T, HQ, D] of the whole step, already multiplied by the softmax scale; outputs: [T, HQ, Dv],
-    None for an unused branch.
+    None for an unused branch. trace: where to record selections.
     """
     sequence = _Sequence(cache, plan, want_cmp_output=branches.cmp)
     o_cmp, o_slc, o_swa = outputs
@@ -58,6 +61,8 @@ def prefill_chunk(
             cmp_output, mask = _cmp(grouped, sequence, tile, want_output=o_cmp is not None)
             if o_cmp is not None and cmp_output is not None:
                 o_cmp[rows] = _ungroup_heads(cmp_output)
+        if trace is not None:
+            trace.record_tile(tile.start, tile.stop, mask)
         if o_slc is not None:
             if mask is None:
                 slc_output = _causal(grouped, sequence, tile)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from nsa_kernels.ops import (
     AttnMetadata,
     AttnPlan,
+    BlockTrace,
     Branches,
     CompressionMLP,
     LayerCache,
@@ -65,8 +66,8 @@ class NSATransformer(nn.Module):
         if weights:
             raise AssertionError(f"weights were checked but not used: {sorted(weights)[:3]}")
 
-    def plan(self, meta: AttnMetadata) -> AttnPlan:
-        """Plan one step's attention; the plan holds for every layer."""
+    def plan(self, meta: AttnMetadata, trace: BlockTrace | None = None) -> AttnPlan:
+        """Plan one step's attention; the plan holds for every layer, and `trace` records."""
         return plan_attention(
             meta,
             self.config.nsa,
@@ -75,6 +76,7 @@ class NSATransformer(nn.Module):
             dtype=self.dtype,
             device=self.embedding.device,
             branches=self.branches,
+            trace=trace,
         )
 
     def forward(

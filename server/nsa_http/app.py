@@ -10,20 +10,23 @@ from fastapi.routing import APIRoute
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
+from nsa_http import openapi
 from nsa_http.chat import create_chat_completion
 from nsa_http.completions import create_completion
 from nsa_http.errors import (
-    ERROR_RESPONSES,
     ModelNotFoundError,
     add_handlers,
     error_response,
     response_of,
 )
 from nsa_http.middleware import wrap
+from nsa_http.operations import add_operator_routes, add_probe_routes, json_response
+from nsa_http.playground import add_playground
 from nsa_http.protocol import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from nsa_http.responses import create_response
+from nsa_http.responses_protocol import ResponsesBody
 from nsa_http.state import ServerState
 from nsa_http.tokenize import detokenize, tokenize
-from nsa_serve.metrics import CONTENT_TYPE
 from nsa_serve.version import __version__
 
 
@@ -35,14 +38,17 @@ def create_app(state: ServerState) -> ASGIApp:
         # The documentation pages would load scripts from a foreign host.
         docs_url=None,
         redoc_url=None,
-        responses=ERROR_RESPONSES,
         redirect_slashes=False,
     )
+    openapi.use_our_schema(app)
     app.router.route_class = _JSONRoute
     add_handlers(app)
     _add_generation_routes(app, state)
     _add_model_routes(app, state)
-    _add_probe_routes(app, state)
+    add_probe_routes(app, state)
+    add_operator_routes(app, state)
+    if state.config.playground:
+        add_playground(app)
     return wrap(app, state)
 
 
@@ -78,22 +84,47 @@ class _JSONRoute(APIRoute):
 
 
 def _add_generation_routes(app: FastAPI, state: ServerState) -> None:
-    @app.post("/v1/completions", response_model=None)
+    @app.post(
+        "/v1/completions",
+        response_model=None,
+        responses=openapi.generation(openapi.CompletionAnswer),
+    )
     async def completions(request: Request, body: CompletionBody) -> Response:
         """Complete one or more prompts."""
         return await create_completion(request, body, state)
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post(
+        "/v1/chat/completions",
+        response_model=None,
+        responses=openapi.generation(openapi.ChatAnswer),
+    )
     async def chat_completions(request: Request, body: ChatBody) -> Response:
         """Answer chat messages."""
         return await create_chat_completion(request, body, state)
 
-    @app.post("/tokenize", response_model=None)
+    @app.post(
+        "/v1/responses",
+        response_model=None,
+        responses=openapi.generation(openapi.ResponseAnswer),
+    )
+    async def responses(request: Request, body: ResponsesBody) -> Response:
+        """Answer input items; nothing is stored."""
+        return await create_response(request, body, state)
+
+    @app.post(
+        "/tokenize",
+        response_model=None,
+        responses=openapi.generation(openapi.TokenizeAnswer, can_stream=False),
+    )
     async def tokenize_route(body: TokenizeBody) -> Response:
         """Return the token ids of a prompt or of chat messages."""
         return await tokenize(body, state)
 
-    @app.post("/detokenize", response_model=None)
+    @app.post(
+        "/detokenize",
+        response_model=None,
+        responses=openapi.generation(openapi.DetokenizeAnswer, can_stream=False),
+    )
     async def detokenize_route(body: DetokenizeBody) -> Response:
         """Return the text of token ids."""
         return await detokenize(body, state)
@@ -111,64 +142,21 @@ def _add_model_routes(app: FastAPI, state: ServerState) -> None:
             "max_model_len": state.require_engine().info.max_model_len,
         }
 
-    @app.get("/v1/models", response_model=None)
+    @app.get("/v1/models", response_model=None, responses=openapi.query(openapi.ModelList, 503))
     async def models() -> Response:
         """List the names under which the model is served."""
-        return _json({"object": "list", "data": [card(name) for name in state.served_names]})
+        return json_response(
+            {"object": "list", "data": [card(name) for name in state.served_names]}
+        )
 
     # A hub id has a slash.
-    @app.get("/v1/models/{name:path}", response_model=None)
+    @app.get(
+        "/v1/models/{name:path}",
+        response_model=None,
+        responses=openapi.query(openapi.ModelCard, 404, 503),
+    )
     async def model(name: str) -> Response:
         """Describe one model name."""
         if name not in state.served_names:
             raise ModelNotFoundError(name)
-        return _json(card(name))
-
-
-def _add_probe_routes(app: FastAPI, state: ServerState) -> None:
-    @app.get("/health", response_model=None)
-    @app.get("/ping", response_model=None)
-    async def health() -> Response:
-        """Answer 200 when the engine is loaded and makes progress, else 503."""
-        return _status(state.is_healthy())
-
-    @app.get("/ready", response_model=None)
-    @app.get("/health/ready", response_model=None)
-    async def ready() -> Response:
-        """Answer 200 when new requests are taken: healthy and not draining."""
-        return _status(state.phase == "ready" and state.is_healthy())
-
-    @app.get("/health/live", response_model=None)
-    async def live() -> Response:
-        """Answer 200 unless the server must be restarted; loading and draining are alive."""
-        return _status(state.engine is None or state.is_healthy())
-
-    @app.get("/version", response_model=None)
-    async def version() -> Response:
-        """Return the server's version."""
-        return _json({"version": __version__})
-
-    @app.get("/load", response_model=None)
-    async def load() -> Response:
-        """Return how many requests are being answered, this one not counted."""
-        return _json({"server_load": state.num_inflight - 1})
-
-    @app.get("/metrics", response_model=None)
-    async def metrics() -> Response:
-        """Return the Prometheus metrics."""
-        return Response(state.metrics.render(), headers={"content-type": CONTENT_TYPE})
-
-
-def _json(content: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(content), media_type="application/json")
-
-
-def _status(is_good: bool) -> Response:
-    if is_good:
-        return _json({"status": "ok"})
-    return Response(
-        orjson.dumps({"status": "unavailable"}),
-        503,
-        {"Retry-After": "5"},
-        media_type="application/json",
-    )
+        return json_response(card(name))

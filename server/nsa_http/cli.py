@@ -1,6 +1,8 @@
-"""The `nsa-serve` command: `serve` and `health`. Flags are derived from the config classes."""
+"""The `nsa-serve` command. Flags of `serve` are derived from the config classes; chat, complete and
+bench are the client's."""
 
 import argparse
+import logging
 import sys
 import urllib.error
 import urllib.request
@@ -13,6 +15,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from nsa_http.config import (
+    ServerConfig,
     Settings,
     all_fields,
     choices,
@@ -21,16 +24,27 @@ from nsa_http.config import (
     make_settings,
 )
 from nsa_http.logs import configure_logging
+from nsa_http.tls import own_client_context
 from nsa_serve.errors import ConfigError, NSAServeError
 from nsa_serve.version import __version__
 
+_logger = logging.getLogger(__name__)
+
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
+# Of `nsa_client.cli`, which parses their flags; importing it takes longer than `health` does.
+CLIENT_COMMANDS = {
+    "chat": "converse in the terminal, or with lines from a pipe",
+    "complete": "continue a text and write it as it comes",
+    "bench": "send many requests and report latency and throughput",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        if arguments and arguments[0] in CLIENT_COMMANDS:
+            return _client(arguments)
         parsed, unknown = make_parser().parse_known_args(arguments)
         if unknown:
             raise ConfigError(_describe_unknown(unknown, parsed.command))
@@ -76,6 +90,8 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument(
         "--timeout", type=float, default=5.0, help="seconds to wait (default: %(default)s)"
     )
+    for name, summary in CLIENT_COMMANDS.items():
+        commands.add_parser(name, help=summary)
     return parser
 
 
@@ -141,8 +157,15 @@ def _serve(parsed: argparse.Namespace) -> int:
     if prints_config:
         sys.stdout.write(yaml.safe_dump(settings.as_dict(), sort_keys=False))
         return EXIT_OK
-    configure_logging(settings.server.log_level)
-    return _run_server(settings)
+    server = settings.server
+    configure_logging(server.log_level, server.log_format)
+    try:
+        return _run_server(settings)
+    except NSAServeError as error:
+        if server.log_format == "text":
+            raise
+        _logger.critical("%s", error)
+        return EXIT_FAILED
 
 
 def _run_server(settings: Settings) -> int:
@@ -152,16 +175,32 @@ def _run_server(settings: Settings) -> int:
     return run(settings)
 
 
+def _client(arguments: Sequence[str]) -> int:
+    from nsa_client.cli import main as client_main
+
+    server = make_settings({}, None).server
+    key = server.api_key[0].get_secret_value() if server.api_key else None
+    return client_main(arguments, prog="nsa-serve", url=_local_url(server), api_key=key)
+
+
+def _local_url(server: ServerConfig) -> str:
+    """Return where a server with these settings answers on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
+    return f"{'http' if server.ssl_certfile is None else 'https'}://{host}:{server.port}"
+
+
 def _health(parsed: argparse.Namespace) -> int:
-    url = parsed.url
+    url, context = parsed.url, None
     if url is None:
         server = make_settings({}, None).server
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
-        url = f"http://{host}:{server.port}"
+        url = _local_url(server)
+        context = own_client_context(server)
     if not url.startswith(("http://", "https://")):
         raise ConfigError(f"--url must start with http:// or https://, got {url!r}")
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=parsed.timeout):
+        with urllib.request.urlopen(
+            f"{url.rstrip('/')}/health", timeout=parsed.timeout, context=context
+        ):
             sys.stdout.write("healthy\n")
             return EXIT_OK
     except urllib.error.HTTPError as error:

@@ -11,12 +11,14 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from nsa_http.constraints import constrain
 from nsa_http.generation import IndexedStream, UsageCounter, drop_output, fold, start_streams
 from nsa_http.logprobs import LegacyLogprobs, prompt_logprobs
 from nsa_http.prompts import PromptInput, encode_prompts
 from nsa_http.protocol import CompletionBody
 from nsa_http.state import ServerState
 from nsa_http.streaming import ChunkEncoder, EventStreamResponse, respond_until_disconnect
+from nsa_http.trace import make_trace_writer
 from nsa_http.unsupported import check_unsupported, unknown_fields
 from nsa_serve.request import RequestOutput, TokenLogprobs
 
@@ -39,7 +41,9 @@ async def create_completion(request: Request, body: CompletionBody, state: Serve
         body.prompt,
         add_special_tokens=body.add_special_tokens is not False,
         truncate=body.truncate_prompt_tokens,
+        truncation_side=body.truncation_side,
     )
+    params = await constrain(state, body, params)
     completion_id = f"cmpl-{body.request_id or uuid.uuid4().hex}"
     stream = await start_streams(state, prompts, params, body, request_id=completion_id)
     if max_tokens == 0:
@@ -94,6 +98,7 @@ class CompletionWriter:
         self._tokenizer = state.tokenizer
         self._prompts = prompts
         self._skip_special_tokens = body.skip_special_tokens is not False
+        self._trace = make_trace_writer(state, body)
         self._started: set[int] = set()
         self._logprobs: dict[int, LegacyLogprobs] = {}
 
@@ -106,6 +111,7 @@ class CompletionWriter:
             or choice["logprobs"]
             or choice.get("token_ids")
             or choice.get("prompt_token_ids")
+            or choice.get("nsa_trace")
         )
 
     def choice(self, index: int, output: RequestOutput) -> dict[str, Any]:
@@ -132,6 +138,8 @@ class CompletionWriter:
             choice["prompt_logprobs"] = prompt_logprobs(
                 self._tokenizer, output.prompt_logprobs or []
             )
+        if self._trace is not None and output.token_ids:
+            choice["nsa_trace"] = self._trace.entry(output)
         return choice
 
     def _legacy_logprobs(
@@ -141,7 +149,9 @@ class CompletionWriter:
         items: list[TokenLogprobs | None] = list(output.logprobs or [])
         if is_first:
             self._logprobs[index] = LegacyLogprobs(
-                self._tokenizer, skip_special_tokens=self._skip_special_tokens
+                self._tokenizer,
+                skip_special_tokens=self._skip_special_tokens,
+                as_token_ids=bool(self.body.return_tokens_as_token_ids),
             )
             if self.body.echo:
                 token_ids = [*self._prompt(index).token_ids, *token_ids]

@@ -5,24 +5,48 @@ keys and the help text are all derived from them. Precedence: flag, environment,
 """
 
 import difflib
+import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from nsa_serve.config import EngineConfig, MemorySize, make_config, read_environment
 from nsa_serve.errors import ConfigError
+from nsa_serve.log_format import LogFormat
 
 _logger = logging.getLogger(__name__)
 
 
 def _field(default: Any, group: str, description: str, **kwargs: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **kwargs)
+
+
+def _read_json_list(value: object) -> object:
+    """Take a JSON list as one value too: vLLM's flags have that form."""
+    if isinstance(value, list) and value and str(value[0]).startswith("["):
+        try:
+            # The environment's value was split at its commas.
+            return json.loads(",".join(map(str, value)))
+        except ValueError:
+            raise ValueError("expected values, or one JSON list of them") from None
+    return value
+
+
+StrList = Annotated[list[str], BeforeValidator(_read_json_list)]
 
 
 class ServerConfig(BaseModel):
@@ -37,6 +61,25 @@ class ServerConfig(BaseModel):
     )
     served_model_name: list[str] = _field(
         [], "HTTP", "names that requests may give as `model`; default: the model argument"
+    )
+    ssl_certfile: str | None = _field(
+        None, "TLS", "PEM file of the server's certificate chain; with it the server speaks https"
+    )
+    ssl_keyfile: str | None = _field(
+        None, "TLS", "PEM file of the certificate's key; default: it is in ssl_certfile"
+    )
+    ssl_ca_certs: str | None = _field(
+        None,
+        "TLS",
+        "PEM file of authorities; clients must then present a certificate that one has signed",
+    )
+    allowed_origins: StrList = _field(
+        [], "CORS", "web sites whose pages may call from a browser, such as https://a.b; * is all"
+    )
+    allowed_methods: StrList = _field(["*"], "CORS", "methods that such pages may use")
+    allowed_headers: StrList = _field(["*"], "CORS", "request headers that such pages may send")
+    allow_credentials: bool = _field(
+        False, "CORS", "let such pages send cookies and client certificates"
     )
     api_key: list[SecretStr] = _field(
         [],
@@ -60,10 +103,54 @@ class ServerConfig(BaseModel):
     shutdown_timeout: float = _field(
         30.0, "HTTP", "seconds that running requests get to end after SIGTERM", ge=0
     )
+    tool_call_parser: Literal["auto", "hermes", "llama3_json"] = _field(
+        "auto",
+        "HTTP",
+        "form in which the model writes tool calls; auto looks into its chat template",
+    )
+    reasoning_parser: Literal["auto", "think", "none"] = _field(
+        "auto",
+        "HTTP",
+        "tell <think> blocks from the answer: always, never, or (auto) when the chat template "
+        "mentions them",
+    )
+    enable_trace: bool = _field(
+        True, "HTTP", "allow nsa_trace: requests may ask which blocks their tokens selected"
+    )
+    playground: bool = _field(True, "HTTP", "serve a page to try the model, at /")
     log_level: Literal["debug", "info", "warning", "error"] = _field(
         "info", "Logging", "least severe message to log"
     )
+    log_format: LogFormat = _field(
+        "text", "Logging", "lines of text, or one JSON object a line, from both processes"
+    )
     log_requests: bool = _field(True, "Logging", "log one line for each request (never its text)")
+    log_prompts: bool = _field(
+        False, "Logging", "log what clients send as prompts: private text may end up in the log"
+    )
+    metrics_compat: Literal["vllm", "none"] = _field(
+        "vllm", "Logging", "also export metrics under vLLM's names, or only under our own"
+    )
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or path.endswith("/")):
+            raise ValueError("expected a path that starts with / and does not end with one")
+        return path
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.ssl_certfile is None and (self.ssl_keyfile or self.ssl_ca_certs):
+            raise ValueError("ssl_keyfile and ssl_ca_certs need ssl_certfile")
+        if self.allowed_origins:
+            if self.allow_credentials and "*" in self.allowed_origins:
+                raise ValueError("allow_credentials needs allowed_origins by name, not *")
+        elif self.allow_credentials or [*self.allowed_methods, *self.allowed_headers] != ["*", "*"]:
+            raise ValueError(
+                "allowed_methods, allowed_headers and allow_credentials need allowed_origins"
+            )
+        return self
 
 
 @dataclass(frozen=True, slots=True)

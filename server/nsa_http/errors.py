@@ -28,37 +28,6 @@ _TYPES = {
     503: "ServiceUnavailableError",
 }
 
-_ERROR_SCHEMA = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"type": "string"},
-                "param": {"type": ["string", "null"]},
-                "code": {"type": "integer"},
-            },
-        }
-    },
-}
-_DESCRIPTIONS = {
-    400: "The request is invalid.",
-    401: "The API key is missing or wrong.",
-    404: "The model or the path does not exist.",
-    408: "The request took too long to arrive.",
-    413: "The request body is too large.",
-    429: "Too many requests (sent by gateways; this server answers 503).",
-    500: "The server failed.",
-    503: "The server is loading, full or shutting down; Retry-After says when to come back.",
-}
-ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"schema": _ERROR_SCHEMA}}}
-    for status, text in _DESCRIPTIONS.items()
-}
-
 
 class ModelNotFoundError(Exception):
     """The request names a model that is not served: HTTP 404."""

@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 
 from nsa_http.errors import GenerationError
+from nsa_http.logs import log_prompt
 from nsa_http.prompts import PromptInput
 from nsa_http.protocol import MAX_PROMPTS, GenerationBody
 from nsa_http.state import ServerState
+from nsa_http.trace import trace_params
 from nsa_serve.engine_client import OutputStream
 from nsa_serve.errors import RequestError
 from nsa_serve.fold import fold as join_outputs
@@ -40,6 +42,10 @@ async def start_streams(
             f"{MAX_PROMPTS} choices that one request may have",
             param="n",
         )
+    if state.config.log_prompts:
+        for prompt in prompts:
+            log_prompt(prompt.text, prompt.token_ids)
+    trace = trace_params(state, body, len(prompts))
     engine = state.require_engine()
     streams: list[OutputStream] = []
     try:
@@ -51,6 +57,7 @@ async def start_streams(
                 n=num_samples,
                 priority=body.priority or 0,
                 cache_salt=body.cache_salt,
+                trace=trace,
             )
             streams.append(outputs)
     except BaseException:
@@ -127,6 +134,7 @@ async def drop_output(stream: IndexedStream) -> IndexedStream:
                     finish_reason=reason,
                     stop_reason=None,
                     num_output_tokens=0,
+                    blocks=None,
                 ),
             )
 

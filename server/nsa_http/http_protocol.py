@@ -6,7 +6,10 @@ its headers a byte at a time, or opens and says nothing.
 
 import asyncio
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from nsa_http.body_writer import BodyWriter, offer_writer
 
 MAX_HEADER_BYTES = 64 * 1024
 
@@ -19,6 +22,13 @@ def make_protocol(header_timeout_s: float) -> type[asyncio.Protocol]:
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
+            app = self.app
+
+            async def run(scope: Scope, receive: Receive, send: Send) -> None:
+                offer_writer(scope, BodyWriter(self.cycle, self.transport, self.flow))
+                await app(scope, receive, send)
+
+            self.app = run
             self._start_timer()
 
         def connection_lost(self, exc: Exception | None) -> None:

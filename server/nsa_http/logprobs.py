@@ -11,25 +11,31 @@ from nsa_serve.tokenizer import Tokenizer
 MIN_LOGPROB = -9999.0
 
 
-def chat_logprobs(tokenizer: Tokenizer, items: Sequence[TokenLogprobs]) -> dict[str, Any]:
-    """Return the `logprobs` object of a chat choice."""
+def chat_logprobs(
+    tokenizer: Tokenizer, items: Sequence[TokenLogprobs], *, as_token_ids: bool = False
+) -> dict[str, Any]:
+    """Return the `logprobs` object of a chat choice; tokens are "token_id:N" with as_token_ids."""
+
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        return {
+            "token": _token_text(tokenizer, token_id, as_token_ids),
+            "logprob": max(logprob, MIN_LOGPROB),
+            "bytes": list(tokenizer.token_bytes(token_id)),
+        }
+
     return {
         "content": [
             {
-                **_chat_token(tokenizer, item.token_id, item.logprob),
-                "top_logprobs": [_chat_token(tokenizer, *pair) for pair in item.top],
+                **entry(item.token_id, item.logprob),
+                "top_logprobs": [entry(*pair) for pair in item.top],
             }
             for item in items
         ]
     }
 
 
-def _chat_token(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
-    return {
-        "token": tokenizer.token_to_str(token_id),
-        "logprob": max(logprob, MIN_LOGPROB),
-        "bytes": list(tokenizer.token_bytes(token_id)),
-    }
+def _token_text(tokenizer: Tokenizer, token_id: int, as_token_ids: bool) -> str:
+    return f"token_id:{token_id}" if as_token_ids else tokenizer.token_to_str(token_id)
 
 
 def prompt_logprobs(
@@ -58,11 +64,14 @@ class LegacyLogprobs:
     """The `logprobs` object of /v1/completions, over the deltas of one choice.
 
     text_offset counts characters of the returned text; a token that ends inside a character starts
-    where that character starts.
+    where that character starts. as_token_ids: tokens are "token_id:N", not text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, as_token_ids: bool = False
+    ) -> None:
         self._tokenizer = tokenizer
+        self._as_token_ids = as_token_ids
         self._skip_special_tokens = skip_special_tokens
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._num_chars = 0
@@ -72,7 +81,7 @@ class LegacyLogprobs:
     ) -> dict[str, list[Any]]:
         """Return the object for these tokens. An item is None for a prompt's first token."""
         return {
-            "tokens": [self._tokenizer.token_to_str(token_id) for token_id in token_ids],
+            "tokens": [self._text(token_id) for token_id in token_ids],
             "token_logprobs": [
                 None if item is None else max(item.logprob, MIN_LOGPROB) for item in items
             ],
@@ -87,8 +96,11 @@ class LegacyLogprobs:
         top: dict[str, float] = {}
         for token_id, logprob in pairs:
             # Two ids may show as the same text: the likelier one comes first and stays.
-            top.setdefault(self._tokenizer.token_to_str(token_id), max(logprob, MIN_LOGPROB))
+            top.setdefault(self._text(token_id), max(logprob, MIN_LOGPROB))
         return top
+
+    def _text(self, token_id: int) -> str:
+        return _token_text(self._tokenizer, token_id, self._as_token_ids)
 
     def _advance(self, token_id: int) -> int:
         offset = self._num_chars

@@ -1,12 +1,14 @@
-"""Readable log lines on stderr, each with the id of the request it belongs to."""
+"""Log lines on stderr, each with the id of the request it belongs to."""
 
 import logging
-import sys
+from collections.abc import Sequence
 from contextvars import ContextVar
+
+from nsa_serve.log_format import LogFormat, configure
 
 REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="-")
 
-_FORMAT = "%(asctime)s %(levelname)-7s [%(request_id)s] %(message)s"
+_logger = logging.getLogger(__name__)
 
 
 class _AddRequestId(logging.Filter):
@@ -15,13 +17,15 @@ class _AddRequestId(logging.Filter):
         return True
 
 
-def configure_logging(level: str) -> None:
+def configure_logging(level: str, log_format: LogFormat = "text") -> None:
     """Send records of `level` and above to stderr; libraries only from WARNING on."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter(_FORMAT))
-    handler.addFilter(_AddRequestId())
-    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for name in ("nsa_http", "nsa_serve"):
-        logging.getLogger(name).setLevel(level.upper())
+    configure(log_format, level, _AddRequestId())
     # Hostile bytes are no news: one line a bad request would fill the log.
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
+
+
+def log_prompt(text: str | None, token_ids: Sequence[int]) -> None:
+    """Log what a client sent (--log-prompts): its text, or the token ids when it sent those."""
+    prompt: object = list(token_ids) if text is None else text
+    fields = {"prompt": prompt, "num_prompt_tokens": len(token_ids)}
+    _logger.info("prompt of %d tokens: %r", len(token_ids), prompt, extra={"fields": fields})

@@ -11,13 +11,15 @@ import time
 import uuid
 from collections.abc import Sequence
 
-from prometheus_client import Counter
+from prometheus_client import Counter, Histogram
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from nsa_http.errors import error_response, response_of
 from nsa_http.logs import REQUEST_ID
+from nsa_http.playground import PLAYGROUND_PATHS
 from nsa_http.state import REQUEST_ID_PATTERN, ServerState
 
 _logger = logging.getLogger(__name__)
@@ -25,7 +27,10 @@ _logger = logging.getLogger(__name__)
 # Open without a key, and answered while the model loads.
 PROBE_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/ready"})
 # Need no engine, but a key when keys are set.
-_ENGINELESS_PATHS = frozenset({"/version", "/metrics", "/openapi.json"})
+_ENGINELESS_PATHS = frozenset({"/version", "/metrics", "/openapi.json", "/server_info"})
+# Scraped and probed all day, they would drown the rest (nor does vLLM time them).
+_UNTIMED_HANDLERS = PROBE_PATHS | {"/metrics", "/load", "/version", "/server_info"}
+_DURATION_BUCKETS_S = (0.01, 0.1, 0.5, 1, 5, 10, 30, 60, 300)
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
@@ -40,6 +45,13 @@ class RequestContext:
             "HTTP requests answered.",
             ("handler", "method", "status"),
             registry=state.metrics.registry,
+        )
+        self._durations = Histogram(
+            "http_request_duration_seconds",
+            "Seconds from the first byte of a request to the last of its answer.",
+            ("handler", "method"),
+            registry=state.metrics.registry,
+            buckets=_DURATION_BUCKETS_S,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,9 +86,58 @@ class RequestContext:
         handler = getattr(route, "path", "none")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._num_requests.labels(handler, method, f"{status // 100}xx").inc()
+        if handler not in _UNTIMED_HANDLERS:
+            self._durations.labels(handler, method).observe(duration_s)
         if self._state.config.log_requests and handler not in PROBE_PATHS | {"/metrics"}:
             path = ascii(scope["path"][:200])[1:-1]
-            _logger.info("%s %s %d in %.3f s", method, path, status, duration_s)
+            fields = {"method": method, "path": path, "status": status, "duration_s": duration_s}
+            _logger.info(
+                "%s %s %d in %.3f s", method, path, status, duration_s, extra={"fields": fields}
+            )
+
+
+class Head:
+    """Answers HEAD as GET, without the body: load balancers probe with it."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(message: Message) -> None:
+            is_body = message["type"] == "http.response.body"
+            await send({**message, "body": b""} if is_body else message)
+
+        # A copy: the server leaves out the body of what it knows as HEAD.
+        as_get = {**scope, "method": "GET"}
+        try:
+            await self._app(as_get, receive, send_head)
+        finally:
+            if "route" in as_get:
+                scope["route"] = as_get["route"]
+
+
+class CrossOrigin:
+    """Lets pages of allowed origins read answers, errors included; preflights need no key."""
+
+    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+        config = state.config
+        self._app = app
+        if config.allowed_origins:
+            self._app = CORSMiddleware(
+                app,
+                allow_origins=config.allowed_origins,
+                allow_methods=config.allowed_methods,
+                allow_headers=config.allowed_headers,
+                allow_credentials=config.allow_credentials,
+                expose_headers=("Retry-After", "X-Request-Id"),
+            )
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 class Gate:
@@ -87,10 +148,13 @@ class Gate:
         self._state = state
         keys = (key.get_secret_value() for key in state.config.api_key)
         self._key_digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._open_paths = PROBE_PATHS
+        if state.config.playground:
+            self._open_paths |= PLAYGROUND_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = route_path(scope)
-        if path in PROBE_PATHS:
+        if path in self._open_paths:
             await self._app(scope, receive, send)
             return
         if self._key_digests and not self._is_authorized(scope):
@@ -191,7 +255,8 @@ def route_path(scope: Scope) -> str:
 
 def wrap(app: ASGIApp, state: ServerState) -> ASGIApp:
     """Put the middleware around `app`, in order."""
-    layers: Sequence[type[BodyLimit | Gate | RequestContext]] = (BodyLimit, Gate, RequestContext)
+    layers: Sequence[type[BodyLimit | Gate | CrossOrigin | Head | RequestContext]]
+    layers = (BodyLimit, Gate, CrossOrigin, Head, RequestContext)
     for layer in layers:
         app = layer(app, state)
     return app

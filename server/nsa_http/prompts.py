@@ -5,8 +5,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nsa_http.protocol import MAX_INT, MAX_MESSAGES, MAX_PROMPTS, ChatBody, TokenizeBody
+from nsa_http import reasoning
+from nsa_http.protocol import (
+    MAX_MESSAGES,
+    MAX_PROMPTS,
+    ChatBody,
+    TokenizeBody,
+    TruncationSide,
+    is_token_ids,
+)
 from nsa_http.state import ServerState
+from nsa_http.tools.definitions import Tool, read_tools
+from nsa_http.tools.formats import choose_format
+from nsa_http.tools.messages import check_tool_fields, write_as_text
 from nsa_serve.errors import RequestError
 from nsa_serve.tokenizer import Tokenizer
 
@@ -15,7 +26,7 @@ _MAX_INLINE_CHARS = 8192
 # A normalizer may shorten text; no real one to less than a quarter.
 _NORMALIZER_MARGIN = 4
 _TEMPLATE_ARGUMENTS = frozenset(
-    {"messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
+    {"self", "messages", "tools", "add_generation_prompt", "continue_final_message", "tokenize"}
 )
 
 
@@ -28,7 +39,12 @@ class PromptInput:
 
 
 async def encode_prompts(
-    state: ServerState, prompt: Any, *, add_special_tokens: bool, truncate: int | None
+    state: ServerState,
+    prompt: Any,
+    *,
+    add_special_tokens: bool,
+    truncate: int | None,
+    truncation_side: TruncationSide | None = None,
 ) -> list[PromptInput]:
     """Read `prompt` (text, ids, or a list of either) into token ids. Raises RequestError."""
     items = _split_batch(prompt)
@@ -42,11 +58,11 @@ async def encode_prompts(
             if truncate is None:
                 check_text_length(state, item, param="prompt")
             token_ids = await encode_text(state.tokenizer, item, add_special_tokens)
-            kept = truncate_ids(state, token_ids, truncate)
+            kept = truncate_ids(state, token_ids, truncate, truncation_side)
             # Once truncated, the prompt is no longer the text that the client sent.
             inputs.append(PromptInput(kept, item if len(kept) == len(token_ids) else None))
         else:
-            inputs.append(PromptInput(truncate_ids(state, item, truncate)))
+            inputs.append(PromptInput(truncate_ids(state, item, truncate, truncation_side)))
     return inputs
 
 
@@ -69,9 +85,21 @@ def check_text_length(state: ServerState, text: str, *, param: str) -> None:
         )
 
 
-def truncate_ids(state: ServerState, token_ids: list[int], limit: int | None) -> list[int]:
-    """Keep the last `limit` tokens; -1 keeps what leaves room for one output token."""
+def truncate_ids(
+    state: ServerState,
+    token_ids: list[int],
+    limit: int | None,
+    side: TruncationSide | None = None,
+) -> list[int]:
+    """Keep `limit` tokens; -1 keeps what leaves room for one output token.
+
+    side: where tokens are cut off, the left unless given.
+    """
     if limit is None:
+        if side is not None:
+            raise RequestError(
+                "truncation_side needs truncate_prompt_tokens", param="truncation_side"
+            )
         return token_ids
     if limit == 0:
         raise RequestError(
@@ -84,11 +112,38 @@ def truncate_ids(state: ServerState, token_ids: list[int], limit: int | None) ->
             f"(max_model_len less one output token), got {limit}",
             param="truncate_prompt_tokens",
         )
-    return token_ids[-(max_prompt_len if limit == -1 else limit) :]
+    num_kept = max_prompt_len if limit == -1 else limit
+    return token_ids[:num_kept] if side == "right" else token_ids[-num_kept:]
 
 
-async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody) -> list[int]:
+@dataclass(frozen=True, slots=True)
+class RenderedChat:
+    """Chat messages as one prompt. is_block_open: it ends inside a reasoning block."""
+
+    text: str
+    is_block_open: bool
+
+
+async def encode_chat(state: ServerState, body: TokenizeBody) -> list[int]:
     """Apply the chat template and tokenize. Raises RequestError."""
+    tools = read_tools(body.tools, None, None).tools
+    return await encode_rendered(state, body, render_chat(state, body, tools))
+
+
+async def encode_rendered(
+    state: ServerState, body: ChatBody | TokenizeBody, rendered: RenderedChat
+) -> list[int]:
+    """Tokenize what `render_chat` made."""
+    return await encode_text(state.tokenizer, rendered.text, bool(body.add_special_tokens))
+
+
+def render_chat(
+    state: ServerState, body: ChatBody | TokenizeBody, tools: Sequence[Tool]
+) -> RenderedChat:
+    """Apply the chat template. Raises RequestError.
+
+    A template that knows no tools gets them in the system message, calls and results as text.
+    """
     messages = _normalize_messages(body.messages)
     continue_final = bool(body.continue_final_message)
     if continue_final and body.add_generation_prompt:
@@ -97,7 +152,7 @@ async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody) -> list
             param="continue_final_message",
         )
     add_prompt = body.add_generation_prompt
-    variables = body.chat_template_kwargs or {}
+    variables = _template_variables(state, body)
     reserved = sorted(_TEMPLATE_ARGUMENTS & variables.keys())
     if reserved:
         raise RequestError(
@@ -105,21 +160,50 @@ async def encode_chat(state: ServerState, body: ChatBody | TokenizeBody) -> list
         )
     for message in messages:
         check_text_length(state, message["content"], param="messages")
+    knows_tools = "tools" in state.tokenizer.template_variables
+    if not knows_tools:
+        template = state.tokenizer.chat_template
+        tool_format = choose_format(state.config.tool_call_parser, template)
+        messages = write_as_text(messages, tools, tool_format)
     text = state.tokenizer.apply_chat_template(
         messages,
+        tools=[tool.as_dict() for tool in tools] if tools and knows_tools else None,
         add_generation_prompt=not continue_final if add_prompt is None else add_prompt,
         continue_final_message=continue_final,
         **variables,
     )
     check_text_length(state, text, param="messages")
-    return await encode_text(state.tokenizer, text, bool(body.add_special_tokens))
+    if continue_final:
+        return RenderedChat(text, reasoning.is_block_open(messages[-1]["content"]))
+    return RenderedChat(text, reasoning.ends_with_open(text))
 
 
-def check_token_ids(value: Any, *, param: str) -> list[int]:
-    """Return `value` when it is a list of token ids. Raises RequestError."""
-    if not isinstance(value, list) or not _is_token_ids(value):
-        raise RequestError(f"{param} must be an array of token ids (integers >= 0)", param=param)
-    return value
+def _template_variables(state: ServerState, body: ChatBody | TokenizeBody) -> dict[str, Any]:
+    """Return the variables that the body sets; `reasoning_effort` sets those the template has."""
+    variables = dict(body.chat_template_kwargs or {})
+    effort = body.reasoning_effort if isinstance(body, ChatBody) else None
+    if effort is None:
+        return variables
+    known = state.tokenizer.template_variables
+    offered = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    chosen = {name: value for name, value in offered.items() if name in known}
+    if not chosen and effort != "none":
+        raise RequestError(
+            "reasoning_effort is not supported by the model: its chat template reads neither "
+            "reasoning_effort nor enable_thinking; leave it out",
+            param="reasoning_effort",
+        )
+    return {**chosen, **variables}
+
+
+def echoed_text(body: ChatBody) -> str:
+    """Return what `echo` puts before the answer: the last message, when the answer is of its role.
+
+    The answer is the assistant's, or the last message's own without a generation prompt.
+    """
+    last = _normalize_messages(body.messages)[-1]
+    opens_turn = body.add_generation_prompt is not False and not body.continue_final_message
+    return str(last["content"]) if not opens_turn or last["role"] == "assistant" else ""
 
 
 def _split_batch(prompt: Any) -> Sequence[str | list[int]]:
@@ -134,10 +218,10 @@ def _split_batch(prompt: Any) -> Sequence[str | list[int]]:
     first = prompt[0]
     if isinstance(first, str) and all(isinstance(item, str) for item in prompt):
         return prompt
-    if isinstance(first, int) and _is_token_ids(prompt):
+    if isinstance(first, int) and is_token_ids(prompt):
         return [prompt]
     if isinstance(first, list) and all(
-        isinstance(item, list) and _is_token_ids(item) for item in prompt
+        isinstance(item, list) and is_token_ids(item) for item in prompt
     ):
         return prompt
     raise RequestError(
@@ -146,9 +230,7 @@ def _split_batch(prompt: Any) -> Sequence[str | list[int]]:
     )
 
 
-def _is_token_ids(items: list[Any]) -> bool:
-    # `type(...) is int`, since True is an int by isinstance.
-    return all(type(item) is int and 0 <= item <= MAX_INT for item in items)
+_ROLES_WITH_CONTENT = frozenset({"developer", "system", "tool", "user"})
 
 
 def _normalize_messages(messages: Any) -> list[dict[str, Any]]:
@@ -166,9 +248,21 @@ def _normalize_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         raise RequestError(f"{where} must be an object with a string `role`", param=where)
     present = {name: value for name, value in message.items() if value is not None}
-    if present.get("tool_calls") or present.get("function_call") or message["role"] == "tool":
-        raise RequestError(f"{where}: tool calls are not supported yet", param=where)
-    return {**present, "content": _text_of(message.get("content"), f"{where}.content")}
+    thoughts = present.get("reasoning", present.get("reasoning_content"))
+    if thoughts is not None:
+        if not isinstance(thoughts, str):
+            raise RequestError(f"{where}.reasoning must be a string", param=where)
+        # Templates know it under either name.
+        present |= {"reasoning": thoughts, "reasoning_content": thoughts}
+    content = _text_of(message.get("content"), f"{where}.content")
+    checked = check_tool_fields({**present, "content": content}, where)
+    if "content" not in present and message["role"] in _ROLES_WITH_CONTENT:
+        raise RequestError(
+            f"{where}.content must be a string or an array of parts; only a message of the "
+            "assistant may go without",
+            param=f"{where}.content",
+        )
+    return checked
 
 
 def _text_of(content: Any, where: str) -> str:

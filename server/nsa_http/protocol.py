@@ -4,13 +4,20 @@ Ranges that the engine checks as well (`SamplingParams`) are not repeated; bound
 hostile sizes out.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from nsa_http.state import REQUEST_ID_PATTERN
+from nsa_http.tools.definitions import MAX_TOOLS
 from nsa_serve.errors import RequestError
-from nsa_serve.request import MAX_LOGPROBS, SamplingParams
+from nsa_serve.request import (
+    MAX_BAD_WORDS,
+    MAX_LOGPROBS,
+    MAX_TRACED_LAYERS,
+    MAX_TRACED_TOKENS,
+    SamplingParams,
+)
 
 MAX_N = 128
 MAX_PROMPTS = 1024
@@ -19,6 +26,7 @@ MAX_MESSAGES = 4096
 
 BoundedInt = Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
+TruncationSide = Literal["left", "right"]
 
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
 _PROMPT_SCHEMA = {
@@ -39,10 +47,51 @@ _MESSAGES_SCHEMA = {
         "properties": {"role": {"type": "string"}, "content": {}},
     },
 }
+_TOOLS_SCHEMA = {
+    "type": "array",
+    "minItems": 1,
+    "maxItems": MAX_TOOLS,
+    "items": {
+        "type": "object",
+        "required": ["type", "function"],
+        "properties": {
+            "type": {"const": "function"},
+            "function": {
+                "type": "object",
+                "required": ["name"],
+                "properties": {
+                    "name": {"type": "string", "minLength": 1, "maxLength": 128},
+                    "description": {"type": ["string", "null"]},
+                    "parameters": {"type": ["object", "null"]},
+                },
+            },
+        },
+    },
+}
+_TOOL_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {"name": {"type": "string"}},
+                },
+            },
+        },
+    ]
+}
 # Large arrays are checked by hand: pydantic would collect one error for each of a million items.
 Prompt = Annotated[Any, WithJsonSchema(_PROMPT_SCHEMA)]
 Messages = Annotated[Any, WithJsonSchema(_MESSAGES_SCHEMA)]
 TokenIds = Annotated[Any, WithJsonSchema(_TOKEN_IDS_SCHEMA)]
+Tools = Annotated[Any, WithJsonSchema(_TOOLS_SCHEMA)]
+ToolChoiceField = Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class _Body(BaseModel):
@@ -56,6 +105,17 @@ class StreamOptions(_Body):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class TraceOptions(BaseModel):
+    """`nsa_trace` as an object: which layers, and how many tokens of the output at most."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    layers: Annotated[list[TokenId], Field(min_length=1, max_length=MAX_TRACED_LAYERS)] | None = (
+        None
+    )
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TRACED_TOKENS)
 
 
 class GenerationBody(_Body):
@@ -80,14 +140,21 @@ class GenerationBody(_Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     prompt_logprobs: int | None = None
+    allowed_token_ids: TokenIds = None
+    bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
+    truncation_side: TruncationSide | None = None
     add_special_tokens: bool | None = None
     priority: BoundedInt | None = None
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     request_id: str | None = Field(None, pattern=f"^{REQUEST_ID_PATTERN.pattern}$")
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    nsa_trace: bool | TraceOptions | None = None
 
     @property
     def num_samples(self) -> int:
@@ -126,7 +193,10 @@ class GenerationBody(_Body):
             )
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Return the engine's parameters. Raises RequestError for values out of range."""
+        """Return the engine's parameters, all but what `constraints.constrain` adds.
+
+        Raises RequestError for values out of range.
+        """
         fields: dict[str, Any] = {
             name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
         }
@@ -138,6 +208,9 @@ class GenerationBody(_Body):
             fields["stop_token_ids"] = tuple(self.stop_token_ids)
         if self.logit_bias is not None:
             fields["logit_bias"] = _int_keys(self.logit_bias)
+        if self.allowed_token_ids is not None:
+            ids = check_token_ids(self.allowed_token_ids, param="allowed_token_ids")
+            fields["allowed_token_ids"] = tuple(dict.fromkeys(ids))
         return SamplingParams(max_tokens=max_tokens, logprobs=logprobs, **fields)
 
 
@@ -163,7 +236,7 @@ class CompletionBody(GenerationBody):
 
     prompt: Prompt
     echo: bool | None = None
-    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    logprobs: int | None = Field(None, ge=-1, le=MAX_LOGPROBS)
 
     def check(self, *, allows_priority: bool) -> None:
         """Raise RequestError when fields do not go together."""
@@ -180,21 +253,31 @@ class ChatBody(GenerationBody):
     messages: Messages
     max_completion_tokens: int | None = Field(None, ge=1, le=MAX_INT)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=-1, le=MAX_LOGPROBS)
     echo: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools = None
+    tool_choice: ToolChoiceField = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    include_reasoning: bool | None = None
+    separate_reasoning: bool | None = None
 
     def check(self, *, allows_priority: bool) -> None:
         """Raise RequestError when fields do not go together."""
         self.check_common(allows_priority=allows_priority)
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+        if self.top_logprobs == -1:
+            raise RequestError(
+                "top_logprobs -1, the whole vocabulary, is not supported; ask for at most "
+                f"{MAX_LOGPROBS}",
+                param="top_logprobs",
+            )
         if self.max_tokens == 0:
             raise RequestError("max_tokens must be at least 1", param="max_tokens")
-        if self.echo:
-            raise RequestError("echo is not supported in chat yet; leave it out", param="echo")
 
 
 class TokenizeBody(_Body):
@@ -206,6 +289,7 @@ class TokenizeBody(_Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools = None
     return_token_strs: bool | None = None
 
 
@@ -213,6 +297,19 @@ class DetokenizeBody(_Body):
     """POST /detokenize."""
 
     tokens: TokenIds
+
+
+def check_token_ids(value: Any, *, param: str) -> list[int]:
+    """Return `value` when it is a list of token ids. Raises RequestError."""
+    if not isinstance(value, list) or not is_token_ids(value):
+        raise RequestError(f"{param} must be an array of token ids (integers >= 0)", param=param)
+    return value
+
+
+def is_token_ids(items: list[Any]) -> bool:
+    """Return whether all items are integers that can be token ids."""
+    # `type(...) is int`, since True is an int by isinstance.
+    return all(type(item) is int and 0 <= item <= MAX_INT for item in items)
 
 
 def _int_keys(bias: dict[str, float]) -> dict[int, float]:

@@ -7,9 +7,12 @@ the engine could not start or died.
 
 import asyncio
 import contextlib
+import functools
+import gc
 import logging
 import signal
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Protocol
@@ -23,9 +26,11 @@ from nsa_http.http_protocol import MAX_HEADER_BYTES, make_protocol
 from nsa_http.report import ProgressBar, log_ready, log_settings
 from nsa_http.state import ServerState
 from nsa_http.stats import log_stats_forever
+from nsa_http.tls import server_context
 from nsa_serve.async_engine import AsyncEngine
 from nsa_serve.config import EngineConfig
 from nsa_serve.engine_client import EngineClient
+from nsa_serve.engine_supervisor import ENGINE_COMMAND
 from nsa_serve.errors import EngineDeadError, NSAServeError
 from nsa_serve.messages import LoadProgress
 from nsa_serve.metrics import Metrics
@@ -58,17 +63,26 @@ class StartEngine(Protocol):
     ) -> SupervisedEngine: ...
 
 
-def run(settings: Settings, *, start_engine: StartEngine = AsyncEngine.start) -> int:
+def run(settings: Settings, *, start_engine: StartEngine | None = None) -> int:
     """Serve until a signal or the engine's death; return the exit code.
 
-    Raises NSAServeError when the port cannot be bound or the engine cannot start.
+    start_engine: default is an engine process that logs as this process does. Raises NSAServeError
+    when the port cannot be bound or the engine cannot start, ConfigError for certificates.
     """
+    if start_engine is None:
+        start_engine = functools.partial(AsyncEngine.start, command=_engine_command(settings))
+    tls = server_context(settings.server)
     sock = bind(settings.server)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            return runner.run(_Lifetime(settings, sock, start_engine).run())
+            return runner.run(_Lifetime(settings, sock, start_engine, tls).run())
     finally:
         sock.close()
+
+
+def _engine_command(settings: Settings) -> tuple[str, ...]:
+    server = settings.server
+    return (*ENGINE_COMMAND, "--log-format", server.log_format, "--log-level", server.log_level)
 
 
 def bind(config: ServerConfig) -> socket.socket:
@@ -85,6 +99,15 @@ def bind(config: ServerConfig) -> socket.socket:
         ) from None
 
 
+def _tame_collector() -> None:
+    """Keep full garbage collections short and rare: each stops every stream meanwhile."""
+    # What start-up made lives as long as the process; a collection need not walk it.
+    gc.collect()
+    gc.freeze()
+    young, middle, old = gc.get_threshold()
+    gc.set_threshold(young, middle, 100 * old)
+
+
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling, which would end streams and the exit code."""
 
@@ -96,17 +119,25 @@ class _Server(uvicorn.Server):
 class _Lifetime:
     """One run of the server."""
 
-    def __init__(self, settings: Settings, sock: socket.socket, start_engine: StartEngine) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        sock: socket.socket,
+        start_engine: StartEngine,
+        tls: ssl.SSLContext | None,
+    ) -> None:
         self._settings = settings
         self._config = settings.server
         self._start_engine = start_engine
         self._sock = sock
+        self._tls = tls
         names = self._config.served_model_name or [served_name(settings.engine)]
         self._state = ServerState(
             self._config,
-            Metrics(names[0]),
+            Metrics(names[0], has_vllm_names=self._config.metrics_compat == "vllm"),
             names,
             allows_priority=settings.engine.scheduling_policy == "priority",
+            settings=settings.as_dict(),
         )
         self._num_signals = 0
         self._signalled = asyncio.Event()
@@ -120,6 +151,7 @@ class _Lifetime:
             if engine is None:
                 return 0
             try:
+                _tame_collector()
                 self._state.set_ready(engine)
                 log_ready(
                     engine.info,
@@ -130,6 +162,7 @@ class _Lifetime:
                 )
                 return await self._supervise(engine)
             finally:
+                self._state.close()
                 await engine.close()
 
     @contextlib.asynccontextmanager
@@ -147,6 +180,8 @@ class _Lifetime:
             timeout_graceful_shutdown=_CLOSE_GRACE_S,
             h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         )
+        config.load()
+        config.ssl = self._tls
         server = _Server(config)
         serving = asyncio.create_task(server.serve(sockets=[self._sock]))
         try:
@@ -233,4 +268,5 @@ class _Lifetime:
         host, port = self._sock.getsockname()[:2]
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
         netloc = f"[{host}]" if ":" in host else host
-        return f"http://{netloc}:{port}{self._config.root_path}"
+        # Without the root path, which is a proxy's to take off.
+        return f"{'http' if self._tls is None else 'https'}://{netloc}:{port}"

@@ -16,6 +16,8 @@ from nsa_http.errors import ModelNotFoundError
 from nsa_serve.engine_client import EngineClient
 from nsa_serve.errors import EngineDeadError
 from nsa_serve.metrics import Metrics
+from nsa_serve.structured.compiler import GrammarCompiler
+from nsa_serve.structured.matcher import TokenTable, make_table
 from nsa_serve.tokenizer import Tokenizer
 from nsa_serve.version import __version__
 
@@ -39,8 +41,8 @@ class WorkHandle:
 class ServerState:
     """The server's state.
 
-    engine: None until it has loaded. num_inflight: requests past the gate. work: tasks that
-    generate, which the end of the drain timeout cancels.
+    engine: None until it has loaded. settings: all of them by name, secrets masked. num_inflight:
+    requests past the gate. work: tasks that generate, which the end of the drain timeout cancels.
     """
 
     config: ServerConfig
@@ -51,6 +53,7 @@ class ServerState:
     phase: Phase = "loading"
     num_inflight: int = 0
     work: set[WorkHandle] = field(default_factory=set)
+    settings: dict[str, Any] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
     _logged_fields: set[str] = field(default_factory=set)
 
@@ -76,6 +79,10 @@ class ServerState:
             return False
         return True
 
+    def is_ready(self) -> bool:
+        """True when new requests are taken."""
+        return self.phase == "ready" and self.is_healthy()
+
     @property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
@@ -86,6 +93,20 @@ class ServerState:
         """Most characters that one token of the vocabulary stands for."""
         tokenizer = self.tokenizer
         return max(len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size))
+
+    @cached_property
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Compiles the grammars of structured output; its process starts with the first one."""
+        return GrammarCompiler(self._make_token_table)
+
+    def close(self) -> None:
+        """End what the state started: the process that compiles grammars."""
+        if "grammar_compiler" in self.__dict__:
+            self.grammar_compiler.close()
+
+    def _make_token_table(self) -> TokenTable:
+        info = self.require_engine().info
+        return make_table(self.tokenizer, info.vocab_size, info.eos_token_ids)
 
     @cached_property
     def fingerprint(self) -> str:

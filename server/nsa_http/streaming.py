@@ -1,7 +1,8 @@
 """Server-sent events, and stopping work when the client leaves or the server goes down.
 
-A stream is `data: {...}` events, then `data: [DONE]`, always: an error after the stream has begun
-is an event `data: {"error": ...}` before it.
+A stream begins with its first event, or with the first keep-alive comment if that comes earlier:
+an error until then is a response with its own status. It is `data: {...}` events, then
+`data: [DONE]`, always: an error after it has begun is an event `data: {"error": ...}` before that.
 """
 
 import asyncio
@@ -14,7 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from nsa_http.errors import ClientDisconnectedError, ShutdownError, describe, error_body
+from nsa_http.body_writer import BodyWriter, find_writer
+from nsa_http.errors import (
+    ClientDisconnectedError,
+    ShutdownError,
+    describe,
+    error_body,
+    response_of,
+)
 from nsa_http.state import ServerState
 
 _T = TypeVar("_T")
@@ -49,43 +57,76 @@ class ChunkEncoder:
 
 
 class EventStreamResponse(Response):
-    """Sends events as they come; the end of the client or of the server ends the generation."""
+    """Sends events as they come; the end of the client or of the server ends the generation.
+
+    end: what is sent after the last event, whatever it was.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], state: ServerState) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], state: ServerState, *, end: bytes = DONE
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._end = end
         self._state = state
         self._num_sent = 0
+        self._has_begun = False
+        self._beginning = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Stream to the end, or to the client's."""
-        await send(
-            {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        )
+        failure: Exception | None = None
         keep_alive = asyncio.create_task(self._keep_alive(send))
         try:
-            await run_until_disconnect(receive, self._send_events(send), self._state)
-        except ClientDisconnectedError:
-            return
-        except ShutdownError as error:
-            await self._send(send, _error_event(error))
+            sending = self._send_events(send, find_writer(scope))
+            await run_until_disconnect(receive, sending, self._state)
         except TimeoutError:
             # The client reads too slowly; nothing more can be told to it.
             return
         except Exception as error:
-            await self._send(send, _error_event(error))
+            failure = error
         finally:
             keep_alive.cancel()
             await asyncio.gather(keep_alive, return_exceptions=True)
-        await send({"type": "http.response.body", "body": DONE, "more_body": False})
+        if isinstance(failure, ClientDisconnectedError):
+            if not self._has_begun:
+                await Response(status_code=499)(scope, receive, send)
+            return
+        if failure is not None:
+            if not self._has_begun:
+                await response_of(failure)(scope, receive, send)
+                return
+            await self._send(send, _error_event(failure))
+        await self._begin(send)
+        await send({"type": "http.response.body", "body": self._end, "more_body": False})
 
-    async def _send_events(self, send: Send) -> None:
+    async def _begin(self, send: Send) -> None:
+        """Send status and headers, unless that has been done."""
+        async with self._beginning:
+            if self._has_begun:
+                return
+            headers = self.raw_headers
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": headers}
+            )
+            self._has_begun = True
+
+    async def _send_events(self, send: Send, writer: BodyWriter | None) -> None:
         async with aclosing(self._events) as events:
             async for event in events:
-                await self._send(send, event)
+                if not self._has_begun:
+                    await self._begin(send)
+                if writer is None:
+                    await self._send(send, event)
+                    continue
+                self._num_sent += 1
+                writer.write(event)
+                if writer.is_paused:
+                    async with asyncio.timeout(self._state.config.response_write_timeout):
+                        await writer.drain()
 
     async def _send(self, send: Send, event: bytes) -> None:
         self._num_sent += 1
@@ -99,6 +140,7 @@ class EventStreamResponse(Response):
             num_sent = self._num_sent
             await asyncio.sleep(interval_s)
             if num_sent == self._num_sent:
+                await self._begin(send)
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
 

@@ -5,8 +5,8 @@ import asyncio
 import orjson
 from starlette.responses import Response
 
-from nsa_http.prompts import check_text_length, check_token_ids, encode_chat, encode_text
-from nsa_http.protocol import DetokenizeBody, TokenizeBody
+from nsa_http.prompts import check_text_length, encode_chat, encode_text
+from nsa_http.protocol import DetokenizeBody, TokenizeBody, check_token_ids
 from nsa_http.state import ServerState
 from nsa_http.unsupported import check_unsupported, unknown_fields
 from nsa_serve.errors import RequestError

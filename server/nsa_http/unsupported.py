@@ -11,23 +11,13 @@ from nsa_serve.errors import RequestError
 
 # Field -> the values that change nothing. None always changes nothing.
 _REFUSED: dict[str, tuple[Any, ...]] = {
-    "allowed_token_ids": (),
     "audio": (),
-    "bad_words": ([],),
     "chat_template": (),
     "custom_logit_processor": (),
     "documents": ([],),
-    "ebnf": (),
     "function_call": ("none",),
     "functions": ([],),
-    "grammar": (),
-    "guided_choice": ([],),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_whitespace_pattern": (),
     "input_embeds": (),
-    "json_schema": (),
     "kv_transfer_params": (),
     "length_penalty": (1, 1.0),
     "logit_processors": ([],),
@@ -38,15 +28,11 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_embeds": (),
     "reasoning_effort": ("none",),
-    "regex": (),
     "repetition_detection": (),
-    "response_format": ({"type": "text"},),
     "return_token_offsets": (False,),
-    "return_tokens_as_token_ids": (False,),
     "session_params": (),
     "spaces_between_special_tokens": (True,),
     "stop_regex": ([],),
-    "structured_outputs": (),
     "suffix": ("",),
     "thinking_token_budget": (),
     "tool_choice": ("none", "auto"),
@@ -54,6 +40,19 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "vllm_xargs": ({},),
     "web_search_options": (),
+}
+
+# Former or foreign names of what this server has.
+_RENAMED = {
+    "ebnf": "structured_outputs.grammar",
+    "grammar": "structured_outputs.grammar",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar",
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_whitespace_pattern": "structured_outputs.whitespace_pattern",
+    "json_schema": "structured_outputs.json",
+    "regex": "structured_outputs.regex",
 }
 
 _HARMLESS = frozenset(
@@ -76,9 +75,17 @@ _HARMLESS = frozenset(
 )
 
 
+REFUSED_FIELDS = frozenset(_REFUSED)
+_KNOWN = _REFUSED.keys() | _RENAMED.keys() | _HARMLESS
+
+
 def check_unsupported(extra: Mapping[str, Any]) -> None:
     """Raise RequestError for a field that is not supported and would change the output."""
     for name, value in extra.items():
+        if value is not None and name in _RENAMED:
+            raise RequestError(
+                f"{name} is not supported; send {_RENAMED[name]} instead", param=name
+            )
         if name in _REFUSED and value is not None and not _is_neutral(value, _REFUSED[name]):
             raise RequestError(
                 f"{name} is not supported by this server yet; leave it out", param=name
@@ -87,7 +94,7 @@ def check_unsupported(extra: Mapping[str, Any]) -> None:
 
 def unknown_fields(extra: Mapping[str, Any]) -> Iterator[str]:
     """Yield the names that no server is known to have."""
-    return (name for name in extra if name not in _REFUSED and name not in _HARMLESS)
+    return (name for name in extra if name not in _KNOWN)
 
 
 def _is_neutral(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from nsa_client.bench import BenchConfig, _arrival_delays_s, read_record, run_bench
+from nsa_client.bench import read_record, run_bench
+from nsa_client.bench_config import BenchConfig, arrival_delays_s, random_prompts
 from nsa_client.bench_stats import BenchResult, LatencyStats, RequestRecord, percentile
 from nsa_client.errors import APIConnectionError, APIError, APITimeoutError, StreamError
 from nsa_client.raw_stream import RawStream, post_stream
@@ -92,7 +93,7 @@ async def test_chat_sends_messages_and_ignores_the_role_event() -> None:
     async with RawServer(respond) as server:
         settings = {"endpoint": "chat", "prompts": ("hi",), "ignore_eos": False}
         result = await run_bench(config(server, num_prompts=2, **settings))
-    assert result.num_failed == 0, result.to_dict()["errors"]
+    assert result.num_failed == 0, result.to_dict()["error_counts"]
     assert [len(record.itls_s) for record in result.records] == [1, 1]
 
 
@@ -116,7 +117,7 @@ async def test_a_failed_request_is_counted_and_the_others_go_on() -> None:
         result = await run_bench(config(server, num_prompts=5, max_concurrency=1))
     assert (len(result.completed), result.num_failed) == (2, 3)
     assert result.num_output_tokens == 12
-    errors = "\n".join(result.to_dict()["errors"])
+    errors = "\n".join(result.to_dict()["error_counts"])
     for message in ("HTTP 503: queue full", "the connection was lost", "died"):
         assert message in errors
     assert "queue full" in result.table()
@@ -146,13 +147,13 @@ async def test_key_and_default_model_are_used() -> None:
 
     async with RawServer(respond) as server:
         result = await run_bench(config(server, num_prompts=1, model=None, api_key="sk-1"))
-    assert result.num_failed == 0, result.to_dict()["errors"]
+    assert result.num_failed == 0, result.to_dict()["error_counts"]
 
 
 def test_poisson_times_are_seeded_ascending_and_of_the_rate() -> None:
     def times(**settings: Any) -> list[float]:
         fixed = {"vocab_size": 1, "num_prompts": 4000, "request_rate": 50.0}
-        return _arrival_delays_s(BenchConfig(**{**fixed, **settings}))
+        return arrival_delays_s(BenchConfig(**{**fixed, **settings}))
 
     delays_s = times()
     assert delays_s == times()
@@ -164,6 +165,74 @@ def test_poisson_times_are_seeded_ascending_and_of_the_rate() -> None:
     spread_s = math.sqrt(sum((gap - mean_s) ** 2 for gap in gaps_s) / len(gaps_s))
     assert spread_s == pytest.approx(1 / 50, rel=0.12)
     assert times(request_rate=math.inf) == [0.0] * 4000
+
+
+@pytest.mark.parametrize("burstiness", [0.25, 1.0, 4.0])
+def test_burstiness_is_the_shape_of_the_gaps(burstiness: float) -> None:
+    config = BenchConfig(num_prompts=4000, request_rate=50.0, burstiness=burstiness)
+    gaps_s = [later - earlier for earlier, later in pairwise(arrival_delays_s(config))]
+    mean_s = sum(gaps_s) / len(gaps_s)
+    spread_s = math.sqrt(sum((gap - mean_s) ** 2 for gap in gaps_s) / len(gaps_s))
+    # A gamma distribution's deviation is its mean over the root of its shape. For shape 1/4 that is
+    # twice the mean, known from 3999 gaps to 3 %; the deviation itself to 6 %.
+    assert mean_s == pytest.approx(1 / 50, rel=0.1)
+    assert spread_s == pytest.approx(mean_s / math.sqrt(burstiness), rel=0.2)
+
+
+def test_a_shared_prefix_stands_before_every_prompt() -> None:
+    config = BenchConfig(num_prompts=3, num_warmups=1, random_input_len=5, random_prefix_len=7)
+    prompts = random_prompts(config, range(1000))
+    assert [len(prompt) for prompt in prompts] == [12] * 4
+    assert len({tuple(prompt[:7]) for prompt in prompts}) == 1
+    assert len({tuple(prompt[7:]) for prompt in prompts}) == 4
+
+
+def test_goodput_counts_requests_within_every_limit() -> None:
+    records = (
+        RequestRecord(0.0, 1.0, 0.2, num_output_tokens=5),  # 200 ms per token
+        RequestRecord(0.0, 0.6, 0.2, num_output_tokens=5),  # 100 ms per token
+        RequestRecord(0.0, 0.9, 0.5, num_output_tokens=5),  # too late
+        RequestRecord(0.0, 0.2, 0.2, num_output_tokens=1),  # one token: nothing after the first
+        RequestRecord(0.0, 0.1, error="no"),
+    )
+
+    def goodput(**limits: float) -> float | None:
+        result = BenchResult(records=records, duration_s=2.0, client_cpu_s=0.0, goodput=limits)
+        value: float | None = result.to_dict()["request_goodput"]
+        return value
+
+    assert goodput() is None
+    assert goodput(ttft=200.0) == 1.5
+    assert goodput(ttft=200.0, tpot=100.0) == 1.0
+    assert goodput(e2el=900.0) == 1.5
+    assert goodput(ttft=1.0) == 0.0
+    result = BenchResult(records=records, duration_s=2.0, client_cpu_s=0.0, goodput={"ttft": 200.0})
+    assert "Good requests/s (ttft 200 ms)" in result.table()
+
+
+def test_details_are_one_entry_a_request() -> None:
+    records = (
+        RequestRecord(0.0, 1.0, 0.2, (0.1, 0.3), num_prompt_tokens=4, num_output_tokens=5),
+        RequestRecord(0.0, 0.1, error="no"),
+    )
+    result = BenchResult(records=records, duration_s=2.0, client_cpu_s=0.0)
+    assert result.details() == {
+        "input_lens": [4, 0],
+        "output_lens": [5, 0],
+        "ttfts": [0.2, 0.0],
+        "itls": [[0.1, 0.3], []],
+        "errors": ["", "no"],
+    }
+    json.dumps(result.to_dict() | result.details(), allow_nan=False)
+
+
+async def test_a_server_that_cannot_tokenize_needs_a_vocabulary_size() -> None:
+    async def respond(exchange: Exchange) -> None:
+        await exchange.send(b"HTTP/1.1 404 No\r\ncontent-length: 0\r\n\r\n")
+
+    async with RawServer(respond) as server:
+        with pytest.raises(APIError, match=r"/tokenize failed.*vocab_size"):
+            await run_bench(config(server, vocab_size=None))
 
 
 def test_statistics_of_a_known_run() -> None:
@@ -182,7 +251,7 @@ def test_statistics_of_a_known_run() -> None:
     assert values["mean_tpot_ms"] == pytest.approx(200)
     assert values["median_itl_ms"] == pytest.approx(200)
     assert values["median_e2el_ms"] == pytest.approx(1500)
-    assert values["errors"] == {"no": 1}
+    assert values["error_counts"] == {"no": 1}
 
 
 def test_nothing_measured_is_null_not_zero() -> None:
@@ -274,15 +343,18 @@ async def test_raw_stream_failures_say_what_happened() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "need vocab_size"),
-        ({"vocab_size": 0}, "need vocab_size"),
+        ({"vocab_size": 0}, "vocab_size must be at least 1"),
+        ({"random_prefix_len": -1}, "random_prefix_len must be at least 0"),
+        ({"burstiness": 0.0, "request_rate": 1.0}, "burstiness must be above 0"),
+        ({"burstiness": 2.0}, "needs a request_rate"),
+        ({"goodput": {"ttft": 0.0}}, "goodput ttft must be above 0"),
+        ({"goodput": {"itl": 1.0}}, "goodput knows ttft, tpot, e2el"),
         ({"vocab_size": 9, "num_prompts": 0}, "num_prompts must be at least 1"),
         ({"vocab_size": 9, "max_concurrency": 0}, "max_concurrency must be at least 1"),
         ({"vocab_size": 9, "num_warmups": -1}, "num_warmups must be at least 0"),
         ({"vocab_size": 9, "request_rate": 0.0}, "request_rate must be above 0"),
         ({"vocab_size": 9, "request_rate": math.nan}, "request_rate must be above 0"),
         ({"prompts": ()}, "prompts is empty"),
-        ({"vocab_size": 9, "endpoint": "chat"}, "text prompts"),
         ({"prompts": ([1],), "endpoint": "chat"}, "text prompts"),
         ({"vocab_size": 9, "endpoint": "responses"}, "endpoint must be one of"),
     ],

@@ -42,7 +42,7 @@ class Process:
     def wait_ready(self) -> Self:
         """Wait for the address in the log."""
         wait_until(lambda: "ready on" in self.log or self.popen.poll() is not None)
-        match = re.search(r"ready on (http://\S+)", self.log)
+        match = re.search(r"ready on (https?://\S+)", self.log)
         assert match is not None, self.log
         self.url = match[1]
         return self

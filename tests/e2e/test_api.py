@@ -191,7 +191,38 @@ def test_metrics_of_serial_requests_are_exact(server: Server, client: openai.Ope
     assert grown["request_generation_tokens_sum"] == num_requests * num_tokens
     assert grown["prefix_cache_queries_total"] == num_requests * num_prompt_tokens
     assert grown["prefix_cache_hits_total"] == 0
+    assert grown["iteration_tokens_total_count"] == num_requests * num_tokens
+    assert grown["iteration_tokens_total_sum"] == num_requests * (num_prompt_tokens + num_tokens)
+    assert grown["request_params_n_sum"] == num_requests
+    assert grown["request_max_num_generation_tokens_sum"] == num_requests * num_tokens
+    assert grown["request_prefill_kv_computed_tokens_sum"] == num_requests * num_prompt_tokens
+    assert grown["request_num_preemptions_sum"] == 0
     assert after["num_requests_waiting"] == 0
+    check_cache_reads(server, grown, num_requests, num_prompt_tokens, num_tokens)
+
+
+def check_cache_reads(
+    server: Server, grown: dict[str, float], num_requests: int, num_prompt: int, num_tokens: int
+) -> None:
+    """Where every block is selected, what is selected is what dense attention would read."""
+    with urllib.request.urlopen(f"{server.url}/server_info", timeout=10) as response:
+        cache = json.load(response)["cache"]
+    page_size = cache["page_size"]
+    token_bytes = cache["components"]["raw"] / (cache["num_pages"] * page_size)
+    lengths = {
+        "prefill": range(1, num_prompt + 1),
+        "decode": range(num_prompt + 1, num_prompt + num_tokens),
+    }
+    for phase, seen in lengths.items():
+        expected = num_requests * sum(seen) * token_bytes
+        assert grown[f'nsa_dense_cache_read_bytes_total{{phase="{phase}"}}'] == expected
+        num_blocks = num_requests * sum(-(-length // page_size) for length in seen)
+        assert grown[f'nsa_visible_blocks_total{{phase="{phase}"}}'] == num_blocks
+        num_selected = grown[f'nsa_selected_blocks_total{{phase="{phase}"}}']
+        slc_bytes = grown[f'nsa_cache_read_bytes_total{{branch="slc",phase="{phase}"}}']
+        assert 0 < num_selected <= num_blocks
+        assert (slc_bytes == expected) == (num_selected == num_blocks)
+        assert 0 < slc_bytes <= expected
 
 
 def test_a_repeated_prompt_is_served_from_the_cache(client: openai.OpenAI) -> None:

@@ -3,11 +3,13 @@
 import asyncio
 import gc
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,7 @@ async def test_requests_are_checked_by_the_call(start: StartEngine) -> None:
         ([-1, 1], one, 1, "token id -1"),
         ([1] * MAX_MODEL_LEN, one, 1, f"max_model_len is {MAX_MODEL_LEN}"),
         ([1] * (MAX_MODEL_LEN + 1), SamplingParams(max_tokens=0), 1, "501 tokens, but"),
+        (PROMPT, SamplingParams(max_tokens=MAX_MODEL_LEN + 1), 1, "max_tokens is 501, but"),
         ([1], SamplingParams(stop_token_ids=(VOCAB_SIZE,)), 1, "stop_token_ids"),
         ([1], one, 0, "n must be"),
         ([1], one, 4, "n is 4"),
@@ -243,6 +246,29 @@ async def test_metrics_count_every_token_and_end(start: StartEngine) -> None:
         if key.startswith("nsa_serve:request_success_total") and f'"{reason}"' in key
     }
     assert ends == {"length": "3.0", "abort": "1.0"}
+
+
+async def test_what_is_logged_of_a_request_bears_its_callers_context(
+    start: StartEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    caller: ContextVar[str] = ContextVar("caller", default="nobody")
+    engine = await start()
+    callers: list[str] = []
+
+    def note_caller(record: logging.LogRecord) -> bool:
+        if "failed" in record.getMessage():
+            callers.append(caller.get())
+        return True
+
+    caplog.handler.addFilter(note_caller)
+    for name in ("ann", "bob"):
+        token = caller.set(name)
+        failing = engine.generate([POISON_TOKEN], LONG, request_id="r")
+        caller.reset(token)
+        with pytest.raises(NSAServeError):
+            await read(failing)
+    caplog.handler.removeFilter(note_caller)
+    assert callers == ["ann", "bob"]
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,13 @@ def test_repetition_within_the_bound_is_allowed() -> None:
     assert _render("{{ '=' * 3 }}{{ 2 * 3 }}{{ 2 ** 3 }}") == "===68"
 
 
+def test_tools_are_never_dropped() -> None:
+    assert ChatTemplate("{{ tools }}{{ mode }}", {}).variables == {"tools", "mode"}
+    with pytest.raises(RequestError, match="knows no tools") as caught:
+        _render(CHATML, tools=[{"name": "f"}])
+    assert caught.value.param == "tools"
+
+
 def test_variables_are_those_the_template_reads() -> None:
     source = "{{ enable_thinking }}{{ messages[0].content }}{{ bos_token }}"
     assert _render(source, variables={"enable_thinking": False}) == "FalseHi<s>"

@@ -9,23 +9,35 @@ from starlette.types import ASGIApp
 from nsa_http.app import create_app
 from nsa_http.config import ServerConfig
 from nsa_http.state import ServerState
+from nsa_kernels.spec import NSASpec
+from nsa_serve.cache_reads import ReadCosts
 from nsa_serve.engine_client import EngineClient, OutputStream
 from nsa_serve.errors import EngineDeadError, RequestError
-from nsa_serve.messages import CacheComponent, EngineInfo, EngineStats
+from nsa_serve.messages import CacheComponent, EngineInfo, EngineStats, TraceGeometry
 from nsa_serve.metrics import Metrics
-from nsa_serve.request import FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from nsa_serve.request import (
+    FinishReason,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+    TraceParams,
+)
 from nsa_serve.tokenizer import Tokenizer
+from nsa_serve.trace import check_trace, traced_layers
 
 MODEL = "tiny"
 REPLY = "Hello, world"
 MAX_MODEL_LEN = 111
+TRACE_SPEC = NSASpec(
+    cmp_len=8, cmp_stride=4, block_size=16, num_selected_blocks=4, window_size=24
+)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or "
     "add_generation_prompt %};{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 )
 
 
-def make_tokenizer() -> Tokenizer:
+def make_tokenizer(chat_template: str = CHAT_TEMPLATE) -> Tokenizer:
     """One token for each byte, and an <eos>."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {char: i for i, char in enumerate(alphabet)}
@@ -35,7 +47,7 @@ def make_tokenizer() -> Tokenizer:
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(["<eos>"])
-    return Tokenizer(backend, special_tokens={"eos_token": "<eos>"}, chat_template=CHAT_TEMPLATE)
+    return Tokenizer(backend, special_tokens={"eos_token": "<eos>"}, chat_template=chat_template)
 
 
 class FakeEngine:
@@ -75,6 +87,12 @@ class FakeEngine:
                 CacheComponent("compressed", 64.0, 71_680),
             ],
             phase_s={"weights": 0.25},
+            eos_token_ids=(self.tokenizer.vocab_size - 1,),
+            trace=TraceGeometry(
+                num_layers=3,
+                num_kv_heads=2,
+                costs=ReadCosts(spec=TRACE_SPEC, key_bytes=48, value_bytes=48),
+            ),
         )
         self.stats = EngineStats(num_pages=70, num_free_pages=70)
 
@@ -87,6 +105,7 @@ class FakeEngine:
         n: int = 1,
         priority: int = 0,
         cache_salt: str | None = None,
+        trace: TraceParams | None = None,
     ) -> OutputStream:
         if self.is_dead.is_set():
             raise EngineDeadError("the fake engine is dead")
@@ -97,6 +116,8 @@ class FakeEngine:
         if len(prompt_token_ids) + 1 > self.info.max_model_len:
             raise RequestError("the prompt is too long", param="prompt")
         params.check_token_ids(self.info.vocab_size)
+        if trace is not None:
+            check_trace(trace, self.info)
         facts: dict[str, object] = {
             "request_id": request_id,
             "n": n,
@@ -104,7 +125,9 @@ class FakeEngine:
             "cache_salt": cache_salt,
         }
         self.calls.append((prompt_token_ids, params, facts))
-        return FakeStream(self, prompt_token_ids, params, request_id=request_id, n=n)
+        return FakeStream(
+            self, prompt_token_ids, params, request_id=request_id, n=n, trace=trace
+        )
 
     def check_health(self) -> None:
         if self.is_dead.is_set():
@@ -129,11 +152,13 @@ class FakeStream(AsyncIterator[RequestOutput]):
         *,
         request_id: str,
         n: int,
+        trace: TraceParams | None = None,
     ) -> None:
         self._engine = engine
         self._prompt = prompt
         self._params = params
         self._request_id = request_id
+        self._trace = trace
         tokens = engine.tokenizer.encode(engine.reply, add_special_tokens=False)
         limit = engine.info.max_model_len - len(prompt)
         if params.max_tokens is not None:
@@ -194,7 +219,18 @@ class FakeStream(AsyncIterator[RequestOutput]):
             num_prompt_tokens=len(self._prompt),
             num_output_tokens=position + 1,
             num_prefix_hit_tokens=3,
+            blocks=self._blocks(position),
         )
+
+    def _blocks(self, position: int) -> list[list[list[list[int]]]] | None:
+        """The first block and the query's own, whatever the layer; head 1 has one between."""
+        if self._trace is None or position >= self._trace.max_tokens:
+            return None
+        geometry = self._engine.info.trace
+        assert geometry is not None
+        own = (len(self._prompt) + position - 1) // geometry.costs.spec.block_size
+        heads = [sorted({0, own}), sorted({0, own // 2, own})]
+        return [[heads for _ in traced_layers(self._trace, geometry)]]
 
 
 def fake_logprobs(token_id: int, num_top: int) -> TokenLogprobs:
@@ -207,7 +243,8 @@ def make_state(engine: EngineClient | None, **options: object) -> ServerState:
     """A server state that is ready, or loading without an engine."""
     config = ServerConfig.model_validate(options)
     names = config.served_model_name or [MODEL]
-    state = ServerState(config, Metrics(names[0]), names)
+    metrics = Metrics(names[0], has_vllm_names=config.metrics_compat == "vllm")
+    state = ServerState(config, metrics, names, settings=config.model_dump(mode="json"))
     if engine is not None:
         state.set_ready(engine)
     return state

@@ -47,9 +47,10 @@ async def start_engine(
 def main() -> int:
     flags = vars(make_parser().parse_args(["serve", *sys.argv[1:]]))
     del flags["command"]
-    configure_logging("info")
+    settings = make_settings(flags, None)
+    configure_logging(settings.server.log_level, settings.server.log_format)
     try:
-        return run(make_settings(flags, None), start_engine=start_engine)
+        return run(settings, start_engine=start_engine)
     except NSAServeError as error:
         sys.stderr.write(f"nsa-serve: error: {error}\n")
         return 1

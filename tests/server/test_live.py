@@ -132,9 +132,11 @@ async def test_a_silent_stream_gets_comments(engine: FakeEngine) -> None:
 async def test_an_abort_by_the_server_ends_a_stream_with_an_error(engine: FakeEngine) -> None:
     state = make_state(engine)
     async with serving(state) as port:
-        engine.gate.clear()
-        reader, writer = await post(port, "/v1/completions", prompt="hi", stream=True)
-        whole_reader, whole_writer = await post(port, "/v1/completions", prompt="hi")
+        engine.reply, engine.delay_s = "x" * 100, 0.05
+        limits = {"max_tokens": 100}
+        reader, writer = await post(port, "/v1/completions", prompt="hi", stream=True, **limits)
+        await reader.readuntil(b"data: ")
+        whole_reader, whole_writer = await post(port, "/v1/completions", prompt="hi", **limits)
         await until(lambda: len(state.work) == 2)
         assert state.abort_work() == 2
         text = (await reader.readuntil(b"data: [DONE]\n\n")).decode()
@@ -144,6 +146,17 @@ async def test_an_abort_by_the_server_ends_a_stream_with_an_error(engine: FakeEn
         writer.close()
         whole_writer.close()
     assert len(engine.aborted) == 2
+
+
+async def test_an_abort_before_the_first_token_is_a_503(engine: FakeEngine) -> None:
+    state = make_state(engine)
+    async with serving(state) as port:
+        engine.gate.clear()
+        reader, writer = await post(port, "/v1/completions", prompt="hi", stream=True)
+        await until(lambda: len(state.work) == 1)
+        state.abort_work()
+        assert (await reader.readline()).startswith(b"HTTP/1.1 503")
+        writer.close()
 
 
 @pytest.mark.parametrize("start", [b"", b"GET /health HTTP/1.1\r\nX: y"])

@@ -49,7 +49,7 @@ async def call(app: ASGIApp, path: str, *, method: str = "GET", **scope: Any) ->
 
 @pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "BREW"])
 async def test_every_path_but_the_probes_needs_a_key(engine: FakeEngine, method: str) -> None:
-    app = make_app(engine, api_key=["secret"])
+    app = make_app(engine, api_key=["secret"], playground=False)
     paths = [
         COMPLETIONS,
         "/v1/chat/completions",

@@ -73,8 +73,6 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str]] = [
     ({"use_beam_search": True}, "use_beam_search"),
     ({"length_penalty": True}, "length_penalty"),
     ({"guided_json": {}}, "guided_json"),
-    ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
 ]
 
@@ -86,7 +84,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"messages": ["hi"]}, "messages.0"),
     ({"messages": [USER, {"content": "x"}]}, "messages.1"),
     ({"messages": [{"role": "user", "content": 3}]}, "messages.0.content"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0"),
+    ({"messages": [{"role": "user", "content": None}]}, "messages.0.content"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
         "messages.0.content.0",
@@ -102,8 +100,6 @@ BAD_CHATS: list[tuple[dict[str, Any], str]] = [
     ({"chat_template_kwargs": {"unknown": 1}}, "chat_template_kwargs"),
     ({"tools": [{"type": "function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
-    ({"response_format": {"type": "json_schema"}}, "response_format"),
-    ({"echo": True}, "echo"),
 ]
 
 
@@ -234,10 +230,3 @@ async def test_bad_tokenizer_calls_are_400(
     response = await client.post(url, json=body)
     assert response.status_code == 400
     assert response.json()["error"]["param"] == param
-
-
-async def test_openapi_declares_the_errors(client: httpx.AsyncClient) -> None:
-    paths = (await client.get("/openapi.json")).json()["paths"]
-    for path in (COMPLETIONS, CHAT, "/tokenize", "/detokenize", "/v1/models"):
-        (operation,) = paths[path].values()
-        assert {"200", "400", "401", "404", "413", "500", "503"} <= set(operation["responses"])

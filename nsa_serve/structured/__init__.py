@@ -1,0 +1,1 @@
+"""Structured output: grammars that the text of a request must match (llguidance)."""
