@@ -5,8 +5,9 @@
 
 Both serve the default model's weights in float32. Compared are the status, the error's fields, the
 tree of keys and types of the answer, and, for greedy requests, text, finish_reason and usage.
-A difference is named `status`, `error`, `keys`, `null` or `value`; benchmarks/referee_reasons.json has the
-reason for it, and docs/serving.md the table that is made of both. Exit code 1: one has no reason.
+A difference is named `status`, `error`, `keys`, `null` or `value`; benchmarks/referee_reasons.json
+has the reason for it, and docs/serving.md the table that is made of both. Exit code 1: one has no
+reason.
 """
 
 import argparse
