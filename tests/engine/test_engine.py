@@ -139,9 +139,7 @@ def test_a_request_that_cannot_be_sampled_fails_alone(engine: Engine) -> None:
             errors += [(output.request_id, output.finish_reason, output.error)]
         engine.scheduler.check()
     failures = [item for item in errors if item[2] is not None]
-    assert failures == [
-        ("bad", FinishReason.ERROR, "every token was excluded: loosen min_tokens")
-    ]
+    assert failures == [("bad", FinishReason.ERROR, "every token was excluded: loosen min_tokens")]
     assert tokens == alone.token_ids
     assert engine.pool.num_free_pages == engine.pool.num_pages
 

@@ -28,9 +28,7 @@ from nsa_serve.trace import check_trace, traced_layers
 MODEL = "tiny"
 REPLY = "Hello, world"
 MAX_MODEL_LEN = 111
-TRACE_SPEC = NSASpec(
-    cmp_len=8, cmp_stride=4, block_size=16, num_selected_blocks=4, window_size=24
-)
+TRACE_SPEC = NSASpec(cmp_len=8, cmp_stride=4, block_size=16, num_selected_blocks=4, window_size=24)
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if not loop.last or "
     "add_generation_prompt %};{% endif %}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
@@ -125,9 +123,7 @@ class FakeEngine:
             "cache_salt": cache_salt,
         }
         self.calls.append((prompt_token_ids, params, facts))
-        return FakeStream(
-            self, prompt_token_ids, params, request_id=request_id, n=n, trace=trace
-        )
+        return FakeStream(self, prompt_token_ids, params, request_id=request_id, n=n, trace=trace)
 
     def check_health(self) -> None:
         if self.is_dead.is_set():
