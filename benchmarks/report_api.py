@@ -8,7 +8,12 @@ from typing import Any
 def api_section(results: Path) -> str:
     """Return the Markdown of what has been measured so far."""
     parts = []
-    for name, write in (("api-overhead", _overhead), ("referee-tools", _tools)):
+    sections = (
+        ("api-overhead", _overhead),
+        ("structured", _structured),
+        ("referee-tools", _tools),
+    )
+    for name, write in sections:
         path = results / f"{name}.json"
         if path.is_file():
             parts.append(write(json.loads(path.read_text())))
@@ -44,6 +49,27 @@ def _overhead(result: dict[str, Any]) -> str:
             f"{best['cpu_us_per_event']:.1f} | {gaps['p50']:.1f} | {gaps['p99']:.1f} | "
             f"{gaps['max']:.1f} |"
         )
+    return "\n".join([*lines, ""])
+
+
+def _structured(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    lines = [
+        "## Structured output",
+        "",
+        f"{machine['cpu']}, {result['threads']} threads, torch {result['torch']}, commit "
+        f"{result['commit']}, {result['date']}. Command: `{result['command']}`.",
+        "",
+        f"A decode step of {result['rows']} rows of {result['model']}, all with a grammar or none; "
+        "medians in milliseconds. Masks are computed by another thread while the model runs, here "
+        "on the same cores; waiting and applying are what the step itself pays.",
+        "",
+        "| grammar | step | masks | waiting for them | applying them |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in result["cases"].items():
+        cells = " | ".join(f"{value:.2f}" for value in row.values())
+        lines.append(f"| {name} | {cells} |")
     return "\n".join([*lines, ""])
 
 

@@ -1,24 +1,26 @@
 """What structured output costs a decode step: rows with a grammar against rows without.
 
-    python benchmarks/structured.py [--model NAME] [--rows 16] [--steps 100] [--repeats 3]
+    python benchmarks/structured.py [--rows 16] [--steps 100] [--repeats 3] [--output FILE]
 
 The engine runs in this process, greedy, prompts of 128 tokens. Prints the median step of each
 case, and what of it is masks: to compute them (beside the forward pass), to wait for them, to
-apply them. The last line is JSON.
+apply them. Writes benchmarks/results/structured.json and docs/performance.md.
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 from unittest import mock
 
 import torch
-from workload import documentation_text
+from cpu import commit, machine
+from report import write_report
+from workload import ROOT, documentation_text
 
 from nsa_serve.config import EngineConfig, make_config, num_usable_cpus
 from nsa_serve.engine import Engine
@@ -134,6 +136,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=num_usable_cpus())
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks" / "results" / "structured.json"
+    )
     options = parser.parse_args()
     config = make_config(
         EngineConfig,
@@ -164,8 +169,8 @@ def main() -> None:
 def report(
     steps: dict[str, list[float]], masks: dict[str, MaskTimes], options: argparse.Namespace
 ) -> None:
-    """Print the medians in milliseconds."""
-    result = {
+    """Print the medians in milliseconds, and write them down."""
+    cases = {
         name: {
             "step_ms": _median_ms(steps[name]),
             "masks_ms": _median_ms(masks[name].compute_s),
@@ -174,15 +179,27 @@ def report(
         }
         for name in steps
     }
-    machine = {"processor": platform.machine(), "threads": options.threads}
     print(
         f"{options.rows} rows, {len(steps['none'])} steps a case, torch {torch.__version__}, "
         f"{options.threads} threads"
     )
     print(f"{'case':<12} {'step':>8} {'masks':>8} {'wait':>8} {'apply':>8}  ms (medians)")
-    for name, row in result.items():
+    for name, row in cases.items():
         print(f"{name:<12} " + " ".join(f"{value:8.3f}" for value in row.values()))
-    print(json.dumps({"rows": options.rows, **machine, "cases": result}))
+    result = {
+        "command": f"python benchmarks/structured.py --rows {options.rows} "
+        f"--steps {options.steps} --repeats {options.repeats}",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "machine": machine(),
+        "torch": torch.__version__,
+        "model": options.model,
+        "rows": options.rows,
+        "threads": options.threads,
+        "cases": cases,
+    }
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_report()
 
 
 def _median_ms(seconds: list[float]) -> float:
