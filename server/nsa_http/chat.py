@@ -77,7 +77,9 @@ async def prepare_chat(state: ServerState, body: ChatBody) -> ChatRun:
     tools = read_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     limit = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     params = body.sampling_params(
-        max_tokens=limit, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+        max_tokens=limit,
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        defaults=state.sampling_defaults,
     )
     rendered = render_chat(state, body, tools.tools)
     token_ids = await encode_rendered(state, body, rendered)

@@ -33,7 +33,9 @@ async def create_completion(request: Request, body: CompletionBody, state: Serve
     state.warn_unknown_fields(unknown_fields(extra))
     body.check(allows_priority=state.allows_priority)
     max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    params = body.sampling_params(max_tokens=max(1, max_tokens), logprobs=body.logprobs)
+    params = body.sampling_params(
+        max_tokens=max(1, max_tokens), logprobs=body.logprobs, defaults=state.sampling_defaults
+    )
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params = msgspec.structs.replace(params, prompt_logprobs=body.logprobs)
     prompts = await encode_prompts(

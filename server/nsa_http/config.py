@@ -114,6 +114,11 @@ class ServerConfig(BaseModel):
         "tell <think> blocks from the answer: always, never, or (auto) when the chat template "
         "mentions them",
     )
+    generation_config: Literal["auto", "none"] = _field(
+        "auto",
+        "HTTP",
+        "sampling defaults: those of the checkpoint's generation_config.json, or OpenAI's",
+    )
     enable_trace: bool = _field(
         True, "HTTP", "allow nsa_trace: requests may ask which blocks their tokens selected"
     )

@@ -91,6 +91,7 @@ def describe_server(state: ServerState) -> dict[str, Any]:
             "weight_bytes": info.weight_bytes,
             "vocab_size": info.vocab_size,
             "max_model_len": info.max_model_len,
+            "sampling_defaults": state.sampling_defaults,
         }
         content["cache"] = {
             "page_size": info.page_size,

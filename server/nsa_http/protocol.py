@@ -4,6 +4,7 @@ Ranges that the engine checks as well (`SamplingParams`) are not repeated; bound
 hostile sizes out.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
@@ -192,14 +193,19 @@ class GenerationBody(_Body):
                 param="priority",
             )
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(
+        self, *, max_tokens: int | None, logprobs: int | None, defaults: Mapping[str, Any]
+    ) -> SamplingParams:
         """Return the engine's parameters, all but what `constraints.constrain` adds.
 
-        Raises RequestError for values out of range.
+        defaults: of the server, for fields that are left out. Raises RequestError for values out
+        of range.
         """
-        fields: dict[str, Any] = {
-            name: value for name in _SAMPLING_FIELDS if (value := getattr(self, name)) is not None
-        }
+        fields: dict[str, Any] = dict(defaults)
+        for name in _SAMPLING_FIELDS:
+            value = getattr(self, name)
+            if value is not None:
+                fields[name] = value
         if isinstance(self.stop, str):
             fields["stop"] = (self.stop,)
         elif self.stop is not None:

@@ -92,10 +92,21 @@ def describe_engine(info: EngineInfo) -> list[str]:
     return lines
 
 
-def log_ready(info: EngineInfo, *, url: str, model: str, has_key: bool, total_s: float) -> None:
+def log_ready(
+    info: EngineInfo,
+    *,
+    url: str,
+    model: str,
+    sampling_defaults: Mapping[str, Any],
+    has_key: bool,
+    total_s: float,
+) -> None:
     """Log the start-up table, the address and a first request to try."""
     for line in describe_engine(info):
         _logger.info("%s", line)
+    if sampling_defaults:
+        pairs = ", ".join(f"{name} {value:g}" for name, value in sampling_defaults.items())
+        _logger.info("sampling  %s unless a request says otherwise", pairs)
     _logger.info("ready on %s after %.2f s; try:", url, total_s)
     key = ' -H "Authorization: Bearer KEY"' if has_key else ""
     _logger.info(

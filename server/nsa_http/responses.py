@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -97,7 +97,7 @@ class ResponseWriter:
             "object": "response",
             "created_at": int(time.time()),
             "model": model,
-            **_echo(body),
+            **_echo(body, state.sampling_defaults),
         }
 
     def add(self, output: RequestOutput) -> list[TypedEvent]:
@@ -157,9 +157,10 @@ class ResponseWriter:
         }
 
 
-def _echo(body: ResponsesBody) -> dict[str, Any]:
+def _echo(body: ResponsesBody, sampling_defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a response repeats of its request, defaults filled in."""
     text = body.text
+    used = {"temperature": 1.0, "top_p": 1.0, **sampling_defaults}
     return {
         "background": False,
         "instructions": body.instructions,
@@ -169,12 +170,12 @@ def _echo(body: ResponsesBody) -> dict[str, Any]:
         "previous_response_id": None,
         "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
         "store": False,
-        "temperature": 1.0 if body.temperature is None else body.temperature,
+        "temperature": used["temperature"] if body.temperature is None else body.temperature,
         "text": {"format": (text.format if text else None) or {"type": "text"}},
         "tool_choice": _echo_choice(body.tool_choice),
         "tools": body.tools or [],
         "top_logprobs": body.top_logprobs or 0,
-        "top_p": 1.0 if body.top_p is None else body.top_p,
+        "top_p": used["top_p"] if body.top_p is None else body.top_p,
         "truncation": body.truncation or "disabled",
     }
 

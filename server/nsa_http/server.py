@@ -35,6 +35,7 @@ from nsa_serve.errors import EngineDeadError, NSAServeError
 from nsa_serve.messages import LoadProgress
 from nsa_serve.metrics import Metrics
 from nsa_serve.model_source import served_name
+from nsa_serve.sampling_defaults import load_sampling_defaults
 
 _logger = logging.getLogger(__name__)
 
@@ -151,12 +152,18 @@ class _Lifetime:
             if engine is None:
                 return 0
             try:
+                if self._config.generation_config == "auto":
+                    defaults = await asyncio.to_thread(
+                        load_sampling_defaults, self._settings.engine
+                    )
+                    self._state.sampling_defaults = defaults
                 _tame_collector()
                 self._state.set_ready(engine)
                 log_ready(
                     engine.info,
                     url=self._url(),
                     model=self._state.served_names[0],
+                    sampling_defaults=self._state.sampling_defaults,
                     has_key=bool(self._config.api_key),
                     total_s=time.monotonic() - start_s,
                 )

@@ -41,7 +41,8 @@ class WorkHandle:
 class ServerState:
     """The server's state.
 
-    engine: None until it has loaded. settings: all of them by name, secrets masked. num_inflight:
+    engine: None until it has loaded. settings: all of them by name, secrets masked.
+    sampling_defaults: parameters of requests that leave them out, beside OpenAI's. num_inflight:
     requests past the gate. work: tasks that generate, which the end of the drain timeout cancels.
     """
 
@@ -54,6 +55,7 @@ class ServerState:
     num_inflight: int = 0
     work: set[WorkHandle] = field(default_factory=set)
     settings: dict[str, Any] = field(default_factory=dict)
+    sampling_defaults: dict[str, Any] = field(default_factory=dict)
     created_s: int = field(default_factory=lambda: int(time.time()))
     _logged_fields: set[str] = field(default_factory=set)
 
