@@ -30,14 +30,13 @@ class ModelSource:
     """A model on this machine's disk: either `folder` or `gguf` is set.
 
     name: what the API calls it. nsa_section: the `nsa` section that gives or replaces the
-    checkpoint's own. generation_config: what a built-in model brings in place of the file.
+    checkpoint's own.
     """
 
     name: str
     folder: Path | None = None
     gguf: Path | None = None
     nsa_section: Mapping[str, Any] | None = None
-    generation_config: Mapping[str, Any] | None = None
 
 
 def resolve_model(config: EngineConfig) -> ModelSource:
@@ -101,14 +100,16 @@ def read_nsa_file(path: Path) -> Mapping[str, Any]:
     return section
 
 
+def read_asset(name: str) -> dict[str, Any]:
+    """Read what is packaged for a built-in model: its base, NSA section, sampling defaults."""
+    return read_json(_ASSETS / name / "config.json")
+
+
 def _built_in(name: str, override: Mapping[str, Any] | None) -> ModelSource:
-    asset = read_json(_ASSETS / name / "config.json")
+    asset = read_asset(name)
     gguf = _packaged_file(name, asset["base"])
     return ModelSource(
-        name=name,
-        gguf=gguf,
-        nsa_section=asset["nsa"] if override is None else override,
-        generation_config=asset["generation_config"],
+        name=name, gguf=gguf, nsa_section=asset["nsa"] if override is None else override
     )
 
 

@@ -1,11 +1,10 @@
 """Sampling parameters that a checkpoint recommends, for requests that leave them out."""
 
-from pathlib import Path
 from typing import Any
 
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import ModelError, RequestError
-from nsa_serve.model_source import resolve_model
+from nsa_serve.model_source import BUILT_IN_MODELS, read_asset, resolve_model
 from nsa_serve.models.config_file import read_json
 from nsa_serve.request import SamplingParams
 
@@ -19,11 +18,7 @@ def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     From `generation_config.json` of a folder or hub id, or packaged with a built-in model; a GGUF
     file recommends nothing. Raises ModelError for values out of range.
     """
-    source = resolve_model(config)
-    origin, values = source.name, dict(source.generation_config or {})
-    if source.folder is not None:
-        path = source.folder / "generation_config.json"
-        origin, values = str(path), _read(path)
+    origin, values = _recommended(config)
     found = {name: values[name] for name in FIELDS if values.get(name) is not None}
     for name, value in found.items():
         is_integer = isinstance(value, int) and not isinstance(value, bool)
@@ -36,5 +31,11 @@ def load_sampling_defaults(config: EngineConfig) -> dict[str, Any]:
     return found
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
+def _recommended(config: EngineConfig) -> tuple[str, dict[str, Any]]:
+    """Return where recommendations come from, and all of them."""
+    if config.model in BUILT_IN_MODELS:
+        # Not through `resolve_model`, which would hash the weights once more.
+        return config.model, read_asset(config.model)["generation_config"]
+    folder = resolve_model(config).folder
+    path = None if folder is None else folder / "generation_config.json"
+    return str(path), read_json(path) if path is not None and path.is_file() else {}
