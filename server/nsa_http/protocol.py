@@ -119,13 +119,9 @@ class TraceOptions(BaseModel):
     max_tokens: int | None = Field(None, ge=1, le=MAX_TRACED_TOKENS)
 
 
-class GenerationBody(_Body):
-    """Fields that completions and chat share."""
+class SamplingBody(_Body):
+    """Fields that every generation endpoint has."""
 
-    n: int | None = Field(None, ge=1, le=MAX_N)
-    best_of: int | None = Field(None, ge=1, le=MAX_N)
-    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
-    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     temperature: float | None = None
     top_p: float | None = None
     top_k: BoundedInt | None = None
@@ -140,19 +136,28 @@ class GenerationBody(_Body):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: BoundedInt | None = None
+    cache_salt: str | None = Field(None, min_length=1, max_length=256)
+    request_id: str | None = Field(None, pattern=f"^{REQUEST_ID_PATTERN.pattern}$")
+    stream: bool | None = None
+
+
+class GenerationBody(SamplingBody):
+    """Fields that completions and chat share."""
+
+    n: int | None = Field(None, ge=1, le=MAX_N)
+    best_of: int | None = Field(None, ge=1, le=MAX_N)
+    max_tokens: int | None = Field(None, ge=0, le=MAX_INT)
+    min_tokens: int | None = Field(None, ge=0, le=MAX_INT)
     prompt_logprobs: int | None = None
     allowed_token_ids: TokenIds = None
     bad_words: Annotated[list[str], Field(max_length=MAX_BAD_WORDS)] | None = None
     response_format: dict[str, Any] | None = None
-    structured_outputs: dict[str, Any] | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     truncate_prompt_tokens: int | None = Field(None, ge=-1, le=MAX_INT)
     truncation_side: TruncationSide | None = None
     add_special_tokens: bool | None = None
-    priority: BoundedInt | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    request_id: str | None = Field(None, pattern=f"^{REQUEST_ID_PATTERN.pattern}$")
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     nsa_trace: bool | TraceOptions | None = None

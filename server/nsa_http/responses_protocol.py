@@ -8,13 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from nsa_http.protocol import (
     MAX_INT,
     MAX_MESSAGES,
-    BoundedInt,
     ChatBody,
     ReasoningEffort,
-    TokenId,
+    SamplingBody,
 )
 from nsa_http.responses_input import read_input
-from nsa_http.state import REQUEST_ID_PATTERN
 from nsa_http.tools.definitions import json_size
 from nsa_http.unsupported import check_unsupported, unknown_fields
 from nsa_serve.errors import RequestError
@@ -48,26 +46,7 @@ _TOOL_CHOICE_SCHEMA = {
 }
 # Fields that a chat request has under the same name, with the same meaning.
 _SHARED = (
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "include_stop_str_in_output",
-    "ignore_eos",
-    "skip_special_tokens",
-    "structured_outputs",
-    "priority",
-    "cache_salt",
-    "request_id",
-    "stream",
+    *SamplingBody.model_fields,  # `model` among them
     "parallel_tool_calls",
     "chat_template_kwargs",
     "include_reasoning",
@@ -118,32 +97,12 @@ class TextConfig(_Body):
     verbosity: Literal["medium"] | None = None
 
 
-class ResponsesBody(_Body):
+class ResponsesBody(SamplingBody):
     """POST /v1/responses."""
 
-    model: str | None = None
     input: Annotated[Any, WithJsonSchema(_INPUT_SCHEMA)]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MAX_INT)
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: BoundedInt | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=1024)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    stop: str | Annotated[list[str], Field(max_length=64)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1024)] | None = None
-    include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
-    skip_special_tokens: bool | None = None
-    structured_outputs: dict[str, Any] | None = None
-    priority: BoundedInt | None = None
-    cache_salt: str | None = Field(None, min_length=1, max_length=256)
-    request_id: str | None = Field(None, pattern=f"^{REQUEST_ID_PATTERN.pattern}$")
-    stream: bool | None = None
     text: TextConfig | None = None
     tools: Annotated[Any, WithJsonSchema(_TOOLS_SCHEMA)] = None
     tool_choice: Annotated[Any, WithJsonSchema(_TOOL_CHOICE_SCHEMA)] = None
