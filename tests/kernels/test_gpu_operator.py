@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nsa_kernels import reference
+from nsa_kernels.gpu import plan as gpu_plan
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.plan import GpuPlan, plan_attention
 from nsa_kernels.metadata import build_metadata
@@ -27,6 +28,16 @@ def make(spec: NSASpec, lengths: list[int], **arguments: object) -> Problem:
     return make_problem(spec, lengths, path="gpu", device=DEVICE, **arguments)  # type: ignore[arg-type]
 
 
+@pytest.fixture(autouse=True)
+def prefill_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend block by block, as over long contexts, unless a test asks for "short"."""
+    if getattr(request, "param", "long") == "long":
+        monkeypatch.setattr(gpu_plan, "short_context", lambda spec: 0)
+
+
+BOTH_PATHS = pytest.mark.parametrize("prefill_path", ["long", "short"], indirect=True)
+
+
 def fill(problem: Problem, row: int, stop: int) -> None:
     """Bring a row's first tokens into the cache: not by the interpreter, whose time they are."""
     path = problem.path
@@ -35,6 +46,7 @@ def fill(problem: Problem, row: int, stop: int) -> None:
     problem.path = path
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("name", GPU_SPECS)
 def test_prefill_then_decode_of_ragged_rows(name: str) -> None:
     spec = GPU_SPECS[name]
@@ -51,6 +63,7 @@ def test_prefill_then_decode_of_ragged_rows(name: str) -> None:
             assert_close(outputs[row], problem.expected(row, start, start + 1))
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("name", GPU_SPECS)
 def test_chunks_equal_the_whole(name: str) -> None:
     spec = GPU_SPECS[name]
@@ -74,6 +87,7 @@ def test_decode_crosses_every_boundary(name: str) -> None:
     assert_close(torch.cat(outputs), problem.expected(0, prompt, prompt + steps))
 
 
+@BOTH_PATHS
 @pytest.mark.parametrize("name", ["paper", "fla", "max_pool"])
 def test_decode_rows_and_chunks_share_a_step(name: str) -> None:
     spec = GPU_SPECS[name]

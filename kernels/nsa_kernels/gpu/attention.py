@@ -14,6 +14,7 @@ from nsa_kernels.gpu.decode_slc import decode_slc
 from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan
 from nsa_kernels.gpu.prefill_cmp import prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
+from nsa_kernels.gpu.prefill_short import prefill_short
 from nsa_kernels.gpu.prefill_slc import prefill_slc, sub_chunk_tokens
 from nsa_kernels.gpu.prefill_swa import prefill_swa
 from nsa_kernels.gpu.select import select_blocks
@@ -218,6 +219,27 @@ def _prefill(
             num_tokens=len(q) - first,
             out=out,
             sigmoid_gates=sigmoid_gates,
+        )
+        return
+    if prefill.is_short:
+        prefill_short(
+            q,
+            block_indices,
+            o_cmp,
+            o_swa,
+            gates,
+            cache,
+            spec,
+            tile_rows=prefill.tile_rows,
+            tile_starts=prefill.tile_starts,
+            cu_seqlens_q=plan.cu_seqlens_q,
+            seq_lens=plan.seq_lens,
+            page_table=plan.page_table,
+            softmax_scale=softmax_scale,
+            first_token=first,
+            out=out,
+            sigmoid_gates=sigmoid_gates,
+            check=plan.check_bounds,
         )
         return
     step = sub_chunk_tokens(

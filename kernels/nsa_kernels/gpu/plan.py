@@ -18,6 +18,7 @@ from nsa_kernels.gpu.common import (
     score_bytes_per_token,
     score_tile_entries,
 )
+from nsa_kernels.gpu.prefill_short import short_context
 from nsa_kernels.metadata import AttnMetadata
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_plan import Branches
@@ -46,6 +47,7 @@ class PrefillPlan:
     window_rows, window_ends: [W] int32, row of every window that closes, and the number of tokens
     up to its end.
     cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
+    is_short: every row's context is so short that attending to all of it with a mask is faster.
     """
 
     first_token: int
@@ -56,6 +58,7 @@ class PrefillPlan:
     cu_blocks: Tensor
     num_blocks: int
     score_chunks: list[ScoreChunk]
+    is_short: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +135,7 @@ def plan_attention(
             cu_blocks=sent["cu_blocks"],
             num_blocks=int(host["cu_blocks"][-1]),
             score_chunks=score_chunks,
+            is_short=int(meta.seq_lens[num_decode_rows:].max()) <= short_context(spec),
         )
     return GpuPlan(
         branches=branches or Branches(),
@@ -148,6 +152,42 @@ def plan_attention(
         num_sms=num_multiprocessors(device),
         use_pdl=has_dependent_launch(device),
         check_bounds=check_bounds,
+    )
+
+
+def plan_decode(
+    seq_lens: Tensor,
+    positions: Tensor,
+    page_table: Tensor,
+    counters: Tensor,
+    spec: NSASpec,
+    *,
+    num_q_heads: int,
+    branches: Branches,
+) -> GpuPlan:
+    """Plan a step of decode rows alone around tensors on the device, for capture in a CUDA graph.
+
+    seq_lens, positions: [B] int32. page_table: [B, P] int32, rows may be strided. counters:
+    [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind.
+    """
+    check_geometry(spec)
+    num_rows, device = len(seq_lens), seq_lens.device
+    index = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
+    return GpuPlan(
+        branches=branches,
+        num_decode_rows=num_rows,
+        seq_lens=seq_lens,
+        page_table=page_table,
+        cu_seqlens_q=index,
+        token_rows=index[:num_rows],
+        positions=positions,
+        swa_page_table=None,
+        tail_slots=None,
+        counters=counters[:, : num_rows * num_q_heads],
+        prefill=None,
+        num_sms=num_multiprocessors(device),
+        use_pdl=has_dependent_launch(device),
+        check_bounds=False,
     )
 
 

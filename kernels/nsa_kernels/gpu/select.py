@@ -285,6 +285,7 @@ def _keep_top(values, target_ptr, COUNT: tl.constexpr, AS_BLOCKS: tl.constexpr):
 @triton.jit
 def _pick(
     values,
+    end,
     num_blocks,
     target_ptr,
     NUM_SELECTED: tl.constexpr,
@@ -292,14 +293,21 @@ def _pick(
     LEGACY: tl.constexpr,
     AS_BLOCKS: tl.constexpr,
 ):
-    """Write what the rule of the dialect chooses among values [rows, columns]."""
+    """Write what the rule of the dialect chooses among values [rows, columns].
+
+    They are of blocks before `end`.
+    """
     if LEGACY:
         # Its two halves come from the blocks before and in the last NUM_SELECTED.
         half: tl.constexpr = NUM_SELECTED // 2
         border = (num_blocks - 1) // NUM_SELECTED * NUM_SELECTED
         is_present = _block_of(values) >= border
         _keep_top(tl.where(is_present, -1, values), target_ptr, half, AS_BLOCKS)
-        _keep_top(tl.where(is_present, values, -1), target_ptr + half, half, AS_BLOCKS)
+        if end > border:
+            _keep_top(tl.where(is_present, values, -1), target_ptr + half, half, AS_BLOCKS)
+        else:
+            for place in range(half):
+                tl.store(target_ptr + half + place, -1)
     else:
         _keep_top(values, target_ptr, NUM_SELECTED - NUM_FORCED, AS_BLOCKS)
 
@@ -463,13 +471,17 @@ def select_row(
                     BLOCK_SIZE, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
                 )  # fmt: skip
                 _pick(
-                    part, num_blocks, candidates_ptr + chunk * BLOCK_S,
+                    part, (chunk + 1) * (TILES * TILE_BLOCKS), num_blocks,
+                    candidates_ptr + chunk * BLOCK_S,
                     NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=False,
                 )  # fmt: skip
             # Other threads read what these wrote.
             tl.debug_barrier()
             values = _merged_values(candidates_ptr, num_chunks, MAX_CHUNKS, BLOCK_S, NUM_PICKED)
-        _pick(values, num_blocks, indices_ptr, NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=True)
+        _pick(
+            values, num_blocks, num_blocks, indices_ptr,
+            NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=True,
+        )  # fmt: skip
         if not LEGACY:
             _store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
 

@@ -1,0 +1,294 @@
+"""Prefill attention to the selected blocks while the context is short: all keys, most masked.
+
+Where a query chooses a good part of all blocks, the queries of a tile together choose nearly all of
+them. Then plain flash attention with a mask is faster than visiting block by block (`prefill_slc`),
+whose partial results cost a write and a read of every query's output for every block it chose. The
+gated sum of the branches ends the same kernel.
+
+T tokens of the step, R of them prefill tokens, B rows, P pages of the longest row, HQ query heads,
+H KV heads, G = HQ // H, D and Dv dimensions of keys and of values, S selected blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.checks import check_shape
+from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q
+from nsa_kernels.gpu.prefill_merge import _gate
+from nsa_kernels.gpu.prefill_swa import SwaTuning, _load_pages, _split_dim
+from nsa_kernels.metadata import LayerCache
+from nsa_kernels.spec import NSASpec
+from nsa_kernels.torch_ops import Gates
+
+# The time of `prefill_slc` grows with the blocks a query chooses, that of this kernel with the
+# context; they are equal at about so many tokens of context for each block. Measured.
+SHORT_TOKENS_PER_BLOCK = 256
+
+
+def short_context(spec: NSASpec) -> int:
+    """Return the longest context, in tokens, for which this kernel is the faster one."""
+    return SHORT_TOKENS_PER_BLOCK * spec.num_selected_blocks
+
+
+def default_tuning(head_dim: int, v_head_dim: int, dtype: torch.dtype) -> SwaTuning:
+    """Tiles that fit the registers and the shared memory of a Hopper SM."""
+    if dtype == torch.float32:
+        return SwaTuning(block_n=16, num_warps=8, num_stages=1)
+    if max(head_dim, v_head_dim) > 128:
+        return SwaTuning(block_n=64, num_warps=8, num_stages=2)
+    return SwaTuning(block_n=64, num_warps=8, num_stages=2, max_registers=128)
+
+
+@triton.jit(do_not_specialize=["first_token", "num_pages"])
+def _prefill_short_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    block_indices_ptr,
+    o_cmp_ptr,
+    o_swa_ptr,
+    gates_ptr,
+    out_ptr,
+    tile_rows_ptr,
+    tile_starts_ptr,
+    cu_seqlens_ptr,
+    seq_lens_ptr,
+    page_table_ptr,
+    stride_qt,
+    stride_qh,
+    stride_ot,
+    stride_oh,
+    stride_branch_t,
+    stride_branch_h,
+    stride_gate_t,
+    stride_gate_h,
+    stride_gate_branch,
+    stride_table,
+    num_pages,
+    first_token,
+    g_cmp,
+    g_slc,
+    g_swa,
+    scale_log2,
+    GROUP_SIZE: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    NUM_SELECTED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    SIGMOID_GATES: tl.constexpr,
+    CHECK: tl.constexpr,
+):
+    # The last tiles of a row read most: they begin first.
+    tile, kv_head = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1)
+    row = tl.load(tile_rows_ptr + tile)
+    start_token = tl.load(tile_starts_ptr + tile)
+    stop_token = tl.minimum(start_token + BLOCK_Q, tl.load(cu_seqlens_ptr + row + 1))
+    # Position of token i of the step = i + shift.
+    shift = tl.load(seq_lens_ptr + row) - tl.load(cu_seqlens_ptr + row + 1)
+    first, last = start_token + shift, stop_token - 1 + shift
+    table_ptr = page_table_ptr + row.to(tl.int64) * stride_table
+
+    offs_m = tl.arange(0, BLOCK_Q * BLOCK_H)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    offs_s = tl.arange(0, BLOCK_S)
+    tokens = start_token + offs_m // BLOCK_H
+    heads = kv_head * GROUP_SIZE + offs_m % BLOCK_H
+    in_rows = (tokens < stop_token) & (offs_m % BLOCK_H < GROUP_SIZE)
+    positions = tokens + shift
+    q_rows = q_ptr + tokens.to(tl.int64)[:, None] * stride_qt + heads[:, None] * stride_qh
+    q = tl.load(
+        q_rows + offs_d[None, :], mask=in_rows[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0
+    )
+    if BLOCK_D2 > 0:
+        offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
+        q2 = tl.load(
+            q_rows + offs_d2[None, :],
+            mask=in_rows[:, None] & (offs_d2 < HEAD_DIM)[None, :],
+            other=0.0,
+        )
+    chosen_row = (tokens - first_token).to(tl.int64) * KV_HEADS + kv_head
+    chosen = tl.load(
+        block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :],
+        mask=in_rows[:, None] & (offs_s < NUM_SELECTED)[None, :],
+        other=-1,
+    )
+
+    m_i = tl.full([BLOCK_Q * BLOCK_H], -1e30, dtype=tl.float32)
+    l_i = tl.zeros([BLOCK_Q * BLOCK_H], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_DV], dtype=tl.float32)
+    TILE_BLOCKS: tl.constexpr = max(1, BLOCK_N // PAGE_SIZE)
+    page = _load_pages(table_ptr, 0, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK)
+    for start in tl.range(0, last + 1, BLOCK_N):
+        if PAGE_SIZE >= BLOCK_N:
+            # Only a scalar changes from tile to tile.
+            base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE_SIZE + start % PAGE_SIZE
+            offsets = tl.arange(0, BLOCK_N)
+        else:
+            base = kv_head * PAGE_SIZE
+            slots = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+            offsets = page.to(tl.int64) * (KV_HEADS * PAGE_SIZE) + slots
+        # A tile ahead, so that the copies of keys and values do not wait for it.
+        page = _load_pages(table_ptr, start + BLOCK_N, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK)
+        key = start + tl.arange(0, BLOCK_N)
+        # Slots beyond the tile's last query may hold NaN.
+        in_tile = key <= last
+        k_rows = k_ptr + base * HEAD_DIM + offsets[None, :] * HEAD_DIM
+        k = tl.load(
+            k_rows + offs_d[:, None],
+            mask=in_tile[None, :] & (offs_d < HEAD_DIM)[:, None],
+            other=0.0,
+        )
+        s = tl.dot(q, k, input_precision="ieee")
+        if BLOCK_D2 > 0:
+            k2 = tl.load(
+                k_rows + offs_d2[:, None],
+                mask=in_tile[None, :] & (offs_d2 < HEAD_DIM)[:, None],
+                other=0.0,
+            )
+            s = tl.dot(q2, k2, s, input_precision="ieee")
+        v = tl.load(
+            v_ptr + base * V_DIM + offsets[:, None] * V_DIM + offs_dv[None, :],
+            mask=in_tile[:, None] & (offs_dv < V_DIM)[None, :],
+            other=0.0,
+        )
+        # Bit i: the query chose the i-th block of this tile. It chose none twice.
+        place = chosen - start // PAGE_SIZE
+        is_here = (place >= 0) & (place < TILE_BLOCKS) & (chosen >= 0)
+        bits = tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
+        block = tl.arange(0, BLOCK_N) // PAGE_SIZE
+        visible = ((bits[:, None] >> block[None, :]) & 1) > 0
+        if start + BLOCK_N > first + 1:
+            visible = visible & (key[None, :] <= positions[:, None])
+        s = tl.where(visible, s, -float("inf"))
+        # m_i starts finite, so a row without a visible key yet has exp2(-inf) = 0 here, not NaN.
+        m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
+        p = tl.exp2(s * scale_log2 - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, axis=1)
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m_i = m_new
+
+    gate_offset = tokens.to(tl.int64) * stride_gate_t + heads * stride_gate_h
+    gate = _gate(gates_ptr, g_slc, gate_offset + stride_gate_branch, in_rows, SIGMOID_GATES)
+    # Rows beyond the tile's tokens are not stored; their sum may be 0.
+    o = acc * (gate / tl.where(l_i > 0, l_i, 1.0))[:, None]
+    mask = in_rows[:, None] & (offs_dv < V_DIM)[None, :]
+    branch_rows = tokens.to(tl.int64) * stride_branch_t + heads * stride_branch_h
+    branch_offset = branch_rows[:, None] + offs_dv[None, :]
+    if o_cmp_ptr is not None:
+        gate = _gate(gates_ptr, g_cmp, gate_offset, in_rows, SIGMOID_GATES)
+        o += gate[:, None] * tl.load(o_cmp_ptr + branch_offset, mask=mask, other=0.0).to(tl.float32)
+    if o_swa_ptr is not None:
+        gate = _gate(gates_ptr, g_swa, gate_offset + 2 * stride_gate_branch, in_rows, SIGMOID_GATES)
+        o += gate[:, None] * tl.load(o_swa_ptr + branch_offset, mask=mask, other=0.0).to(tl.float32)
+    o_rows = out_ptr + tokens.to(tl.int64)[:, None] * stride_ot + heads[:, None] * stride_oh
+    tl.store(o_rows + offs_dv[None, :], o.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def prefill_short(
+    q: Tensor,
+    block_indices: Tensor,
+    o_cmp: Tensor | None,
+    o_swa: Tensor | None,
+    gates: Gates,
+    cache: LayerCache,
+    spec: NSASpec,
+    *,
+    tile_rows: Tensor,
+    tile_starts: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor,
+    softmax_scale: float,
+    first_token: int,
+    out: Tensor,
+    sigmoid_gates: bool = False,
+    check: bool = False,
+    tuning: SwaTuning | None = None,
+) -> None:
+    """Write out[t] = g_cmp * o_cmp[t] + g_slc * o_slc[t] + g_swa * o_swa[t] for the tiles' tokens.
+
+    The same result as `prefill_slc`, and the same arguments as far as they are named alike:
+    block_indices: [R, H, S] int32 of the tokens from first_token on, -1 for none, no block twice.
+    o_cmp, o_swa: contiguous [T, HQ, Dv], or None.
+    tile_rows, tile_starts: int32 [num_tiles], row and first token of every tile of
+    `prefill_block_q(G)` tokens. cu_seqlens_q int32 [B + 1], seq_lens int32 [B], page_table int32
+    [B, P]. Every page of a row is read.
+
+    Raises ValueError when a shape does not fit.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_pages, num_kv_heads, page_size, v_head_dim = cache.v.shape
+    selected = spec.num_selected_blocks
+    shape = (num_tokens, num_q_heads, v_head_dim)
+    check_shape("block_indices", block_indices, (num_tokens - first_token, num_kv_heads, selected))
+    for name, branch in (("o_cmp", o_cmp), ("o_swa", o_swa), ("out", out)):
+        if branch is not None:
+            check_shape(name, branch, shape)
+    group_size = num_q_heads // num_kv_heads
+    tuning = tuning or default_tuning(head_dim, v_head_dim, q.dtype)
+    block_d, block_d2 = _split_dim(head_dim)
+    if tile_rows.shape[0] == 0:
+        return
+    g_cmp, g_slc, g_swa = (0.0, 0.0, 0.0) if isinstance(gates, Tensor) else gates
+    gate_strides = gates.stride() if isinstance(gates, Tensor) else (0, 0, 0)
+    _prefill_short_kernel[(tile_rows.shape[0], num_kv_heads)](
+        q,
+        cache.k,
+        cache.v,
+        block_indices,
+        o_cmp,
+        o_swa,
+        gates if isinstance(gates, Tensor) else None,
+        out,
+        tile_rows,
+        tile_starts,
+        cu_seqlens_q,
+        seq_lens,
+        page_table,
+        q.stride(0),
+        q.stride(1),
+        out.stride(0),
+        out.stride(1),
+        num_q_heads * v_head_dim,
+        v_head_dim,
+        *gate_strides,
+        page_table.stride(0),
+        num_pages,
+        first_token,
+        g_cmp,
+        g_slc,
+        g_swa,
+        softmax_scale * LOG2E,
+        GROUP_SIZE=group_size,
+        KV_HEADS=num_kv_heads,
+        NUM_SELECTED=selected,
+        BLOCK_S=triton.next_power_of_2(selected),
+        PAGE_SIZE=page_size,
+        HEAD_DIM=head_dim,
+        V_DIM=v_head_dim,
+        BLOCK_Q=prefill_block_q(group_size),
+        BLOCK_H=block_h(group_size),
+        BLOCK_N=tuning.block_n,
+        BLOCK_D=block_d,
+        BLOCK_D2=block_d2,
+        BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
+        SIGMOID_GATES=sigmoid_gates,
+        CHECK=check,
+        debug=check,
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        maxnreg=tuning.max_registers,
+    )
