@@ -91,3 +91,9 @@ def test_gate_logits() -> None:
     logits = torch.randn(step.gates.shape).to(DEVICE)
     out = run(step, gates=logits, sigmoid_gates=True)
     assert_close(out, step.expected(torch.sigmoid(logits.cpu())), torch.float32)
+
+
+def test_more_blocks_than_a_word_has_bits() -> None:
+    step = make_step(block_spec(8, 16), [590], [603], heads=1)
+    assert int(step.block_indices.max()) > 64
+    assert_close(run(step), step.expected(), torch.float32)

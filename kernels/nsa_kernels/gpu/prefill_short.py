@@ -22,6 +22,8 @@ from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_ops import Gates
 
+# Blocks whose choice is one bit of an int32 a query.
+WORD_BLOCKS = tl.constexpr(32)
 # The time of `prefill_slc` grows with the blocks a query chooses, that of this kernel with the
 # context; they are equal at about so many tokens of context for each block. Measured.
 SHORT_TOKENS_PER_BLOCK = 256
@@ -118,67 +120,68 @@ def _prefill_short_kernel(
             other=0.0,
         )
     chosen_row = (tokens - first_token).to(tl.int64) * KV_HEADS + kv_head
-    chosen = tl.load(
-        block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :],
-        mask=in_rows[:, None] & (offs_s < NUM_SELECTED)[None, :],
-        other=-1,
-    )
+    chosen_ptrs = block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :]
+    chosen_mask = in_rows[:, None] & (offs_s < NUM_SELECTED)[None, :]
 
     m_i = tl.full([BLOCK_Q * BLOCK_H], -1e30, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_Q * BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_DV], dtype=tl.float32)
-    TILE_BLOCKS: tl.constexpr = max(1, BLOCK_N // PAGE_SIZE)
+    WORD_KEYS: tl.constexpr = WORD_BLOCKS * PAGE_SIZE
     page = _load_pages(table_ptr, 0, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK)
-    for start in tl.range(0, last + 1, BLOCK_N):
-        if PAGE_SIZE >= BLOCK_N:
-            # Only a scalar changes from tile to tile.
-            base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE_SIZE + start % PAGE_SIZE
-            offsets = tl.arange(0, BLOCK_N)
-        else:
-            base = kv_head * PAGE_SIZE
-            slots = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
-            offsets = page.to(tl.int64) * (KV_HEADS * PAGE_SIZE) + slots
-        # A tile ahead, so that the copies of keys and values do not wait for it.
-        page = _load_pages(table_ptr, start + BLOCK_N, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK)
-        key = start + tl.arange(0, BLOCK_N)
-        # Slots beyond the tile's last query may hold NaN.
-        in_tile = key <= last
-        k_rows = k_ptr + base * HEAD_DIM + offsets[None, :] * HEAD_DIM
-        k = tl.load(
-            k_rows + offs_d[:, None],
-            mask=in_tile[None, :] & (offs_d < HEAD_DIM)[:, None],
-            other=0.0,
-        )
-        s = tl.dot(q, k, input_precision="ieee")
-        if BLOCK_D2 > 0:
-            k2 = tl.load(
-                k_rows + offs_d2[:, None],
-                mask=in_tile[None, :] & (offs_d2 < HEAD_DIM)[:, None],
+    for word_start in tl.range(0, last + 1, WORD_KEYS):
+        # Bit i: the query chose the i-th block from here. It chose none twice.
+        place = tl.load(chosen_ptrs, mask=chosen_mask, other=-1) - word_start // PAGE_SIZE
+        is_here = (place >= 0) & (place < WORD_BLOCKS)
+        word = tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
+        word_stop = tl.minimum(word_start + WORD_KEYS, last + 1)
+        for start in tl.range(word_start, word_stop, BLOCK_N):
+            if PAGE_SIZE >= BLOCK_N:
+                # Only a scalar changes from tile to tile.
+                base = (page.to(tl.int64) * KV_HEADS + kv_head) * PAGE_SIZE + start % PAGE_SIZE
+                offsets = tl.arange(0, BLOCK_N)
+            else:
+                base = kv_head * PAGE_SIZE
+                slots = (start + tl.arange(0, BLOCK_N)) % PAGE_SIZE
+                offsets = page.to(tl.int64) * (KV_HEADS * PAGE_SIZE) + slots
+            # A tile ahead, so that the copies of keys and values do not wait for it.
+            page = _load_pages(
+                table_ptr, start + BLOCK_N, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK
+            )
+            key = start + tl.arange(0, BLOCK_N)
+            # Slots beyond the tile's last query may hold NaN.
+            in_tile = key <= last
+            k_rows = k_ptr + base * HEAD_DIM + offsets[None, :] * HEAD_DIM
+            k = tl.load(
+                k_rows + offs_d[:, None],
+                mask=in_tile[None, :] & (offs_d < HEAD_DIM)[:, None],
                 other=0.0,
             )
-            s = tl.dot(q2, k2, s, input_precision="ieee")
-        v = tl.load(
-            v_ptr + base * V_DIM + offsets[:, None] * V_DIM + offs_dv[None, :],
-            mask=in_tile[:, None] & (offs_dv < V_DIM)[None, :],
-            other=0.0,
-        )
-        # Bit i: the query chose the i-th block of this tile. It chose none twice.
-        place = chosen - start // PAGE_SIZE
-        is_here = (place >= 0) & (place < TILE_BLOCKS) & (chosen >= 0)
-        bits = tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
-        block = tl.arange(0, BLOCK_N) // PAGE_SIZE
-        visible = ((bits[:, None] >> block[None, :]) & 1) > 0
-        if start + BLOCK_N > first + 1:
-            visible = visible & (key[None, :] <= positions[:, None])
-        s = tl.where(visible, s, -float("inf"))
-        # m_i starts finite, so a row without a visible key yet has exp2(-inf) = 0 here, not NaN.
-        m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
-        p = tl.exp2(s * scale_log2 - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.sum(p, axis=1)
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        m_i = m_new
+            s = tl.dot(q, k, input_precision="ieee")
+            if BLOCK_D2 > 0:
+                k2 = tl.load(
+                    k_rows + offs_d2[:, None],
+                    mask=in_tile[None, :] & (offs_d2 < HEAD_DIM)[:, None],
+                    other=0.0,
+                )
+                s = tl.dot(q2, k2, s, input_precision="ieee")
+            v = tl.load(
+                v_ptr + base * V_DIM + offsets[:, None] * V_DIM + offs_dv[None, :],
+                mask=in_tile[:, None] & (offs_dv < V_DIM)[None, :],
+                other=0.0,
+            )
+            block = (key - word_start) // PAGE_SIZE
+            visible = ((word[:, None] >> block[None, :]) & 1) > 0
+            if start + BLOCK_N > first + 1:
+                visible = visible & (key[None, :] <= positions[:, None])
+            s = tl.where(visible, s, -float("inf"))
+            # m_i starts finite: a row without a visible key yet has exp2(-inf) = 0, not NaN.
+            m_new = tl.maximum(m_i, tl.max(s, axis=1) * scale_log2)
+            p = tl.exp2(s * scale_log2 - m_new[:, None])
+            alpha = tl.exp2(m_i - m_new)
+            l_i = l_i * alpha + tl.sum(p, axis=1)
+            acc = acc * alpha[:, None]
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            m_i = m_new
 
     gate_offset = tokens.to(tl.int64) * stride_gate_t + heads * stride_gate_h
     gate = _gate(gates_ptr, g_slc, gate_offset + stride_gate_branch, in_rows, SIGMOID_GATES)
