@@ -1,0 +1,647 @@
+"""Linear layers of few rows: y = x @ W^T with what surrounds it, at the speed of reading W.
+
+A program owns BLOCK_N rows of W and all of K. Its warps share K among them: warp s multiplies the
+columns [s * SLICE_K, (s + 1) * SLICE_K) of each K step (a batched `tl.dot`, one batch a warp), so
+that no warp reads what another needs, and the sums are added once, at the end. There are no
+atomics: a result depends on its row of x alone, not on the rows beside it.
+
+With dependent launch every kernel lets the next one start at once and waits for the one before it;
+until then it asks for its weights, which no kernel writes, to come to L2. So memory stays busy
+between two kernels.
+
+Legend: M rows of x, K inputs, N outputs (2I rows of W for swiglu: [gate; up]), D = head_dim.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_kernels.checks import check_shape
+from nsa_kernels.gpu.plan import has_dependent_launch
+from nsa_kernels.gpu.pointwise import apply_rotary_, rms_norm
+from nsa_kernels.gpu.pointwise import swiglu as swiglu_rows
+
+# Above, PyTorch's matrix product is faster: it reads x once for many rows of W.
+MAX_SKINNY_ROWS = 64
+# Up to so many rows, the norm is computed again by every program rather than by a kernel.
+MAX_FOLDED_NORM_ROWS = 16
+# Rows of x that one compiled kernel takes, padded: the narrow side of a matrix instruction.
+ROW_CLASSES = (8, 16, 32, 64)
+# Outputs of a program up to which it has the registers to hold cosines and sines all along.
+MAX_EARLY_ROTARY = 512
+# Weights that a program asks for before it waits: all programs that are resident together must
+# not ask for more than a part of L2.
+PREFETCH_BYTES = 64 << 10
+# The unit of prefetch(): what a thread asks for.
+PREFETCH_CHUNK_BYTES = 2048
+_PREFETCH_WARPS = 4
+# Programs that are enough for all multiprocessors, several each, with wide tiles.
+_MANY_PROGRAMS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotate the first num_heads * head_dim outputs by tables [positions, D].
+
+    cos_table, sin_table: [max_positions, D], the sign of the rotation in the sine, as
+    `pointwise.apply_rotary_` has them. positions: [M] int32 or int64, on the device, each within
+    the tables. is_settled: the positions were written before the kernel in front of this one
+    began, and that kernel was itself launched when the one that wrote them had ended, as those of
+    a step's first kernel are for all its layers: they are then read without waiting.
+    """
+
+    cos_table: Tensor
+    sin_table: Tensor
+    positions: Tensor
+    num_heads: int
+    head_dim: int
+    is_settled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SkinnyConfig:
+    """Tile of the skinny kernel: BLOCK_N rows of W, num_warps slices of slice_k columns a step.
+
+    fold_norm: compute the norm inside, not in a kernel before; with one split only. prefetch: ask
+    for weights before waiting for the kernel in front. splits: programs that share the columns of
+    a tile; a second kernel then adds their sums, in order.
+    """
+
+    block_n: int
+    slice_k: int
+    num_warps: int
+    num_stages: int
+    fold_norm: bool = True
+    prefetch: bool = True
+    splits: int = 1
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+    rotary: Rotary | None = None,
+    out_dtype: torch.dtype | None = None,
+    config: SkinnyConfig | None = None,
+    launch_pdl: bool | None = None,
+) -> Tensor:
+    """Return x @ weight^T + bias, [M, N], of x [M, K] and weight [N, K], for any M.
+
+    norm: (weight [K], eps), RMSNorm of x first. swiglu: weight is [gate; up], [2I, K], and the
+    result silu(gate) * up, [M, I]. rotary: applied to the first outputs. residual: [M, N], added
+    last. out_dtype: of the result, else that of x. Sums, bias, residual and rotation are fp32 and
+    rounded once where the skinny kernel runs (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
+    There a row's result is bit-equal whatever the other rows are and for every M of one class:
+    1 to 8, 9 to 16, 17 to 32, 33 to 64. Above, it is what the matrix library makes of it.
+
+    config, launch_pdl: for measuring; None: by table, and wherever the device can. With dependent
+    launch, weight, bias, norm weight and rotary tables must not be written by a kernel that may
+    still be running.
+
+    Raises ValueError when shapes or dtypes do not fit, or rotary meets swiglu or residual.
+    """
+    num_rows, num_out = _check(x, weight, bias, norm, residual, swiglu, rotary)
+    dtype = x.dtype if out_dtype is None else out_dtype
+    if num_rows == 0:
+        return torch.empty((0, num_out), dtype=dtype, device=x.device)
+    if config is None:
+        is_dense = weight.is_contiguous() and x.stride(1) == 1
+        if num_rows <= MAX_SKINNY_ROWS and is_dense:
+            config = skinny_config(num_rows, weight.shape[0], weight.shape[1], x.dtype)
+        if config is None:
+            return linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype)
+    if norm is not None and (not config.fold_norm or config.splits > 1):
+        x, norm = rms_norm(x, *norm), None
+    out = torch.empty((num_rows, num_out), dtype=dtype, device=x.device)
+    if launch_pdl is None:
+        launch_pdl = _can_launch_early(x.device)
+    _launch(x, weight, bias, norm, residual, swiglu, rotary, out, config, launch_pdl)
+    return out
+
+
+def prefetch(weight: Tensor, num_bytes: int) -> None:
+    """Ask for the first num_bytes of a contiguous weight to come to L2, and do not wait for them.
+
+    For a branch of a CUDA graph that runs beside kernels which leave memory idle. Whole chunks of
+    PREFETCH_CHUNK_BYTES are asked for. Raises ValueError if the weight is smaller than num_bytes.
+    """
+    size = weight.numel() * weight.element_size()
+    if not weight.is_contiguous() or not 0 <= num_bytes <= size:
+        raise ValueError(f"num_bytes must be 0 to {size} of a contiguous weight, got {num_bytes}")
+    num_chunks = num_bytes // PREFETCH_CHUNK_BYTES
+    if num_chunks:
+        _prefetch_kernel[(triton.cdiv(num_chunks, 32 * _PREFETCH_WARPS),)](
+            weight,
+            num_chunks,
+            CHUNK_BYTES=PREFETCH_CHUNK_BYTES,
+            THREADS=32 * _PREFETCH_WARPS,
+            num_warps=_PREFETCH_WARPS,
+        )
+
+
+def row_class(num_rows: int) -> int:
+    """The padded number of rows that a skinny kernel computes for num_rows."""
+    return next(size for size in ROW_CLASSES if size >= num_rows)
+
+
+def skinny_config(
+    num_rows: int, num_out: int, num_in: int, dtype: torch.dtype
+) -> SkinnyConfig | None:
+    """The tile for M rows and a [num_out, num_in] weight; None where PyTorch is faster."""
+    rows = row_class(num_rows)
+    fold_norm = rows <= MAX_FOLDED_NORM_ROWS
+    if dtype == torch.float32:
+        return SkinnyConfig(16, 16, 4, 2, fold_norm=fold_norm)
+    # Half-precision sums of squares have no room for x * norm_weight beyond 65504.
+    fold_norm = fold_norm and dtype != torch.float16
+    if rows <= 16:
+        block_n = 32 if num_out >= 32 * _MANY_PROGRAMS else 16
+        return SkinnyConfig(block_n, 2048 // block_n, 4, 4, fold_norm=fold_norm)
+    # Every program reads all of x, too: so wide tiles, and splits where those are few.
+    if num_out >= 64 * 132:
+        return SkinnyConfig(64, 64 if rows == 32 else 32, 4, 3, fold_norm=False)
+    splits = 1 if num_in < 4096 else 2 if rows == 32 else 4
+    block_n = 16 if splits == 1 and rows == 32 else 32
+    return SkinnyConfig(block_n, 64, 4, 3, fold_norm=False, splits=splits)
+
+
+@functools.cache
+def _can_launch_early(device: torch.device) -> bool:
+    return has_dependent_launch(device)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    rotary: Rotary | None,
+) -> tuple[int, int]:
+    """Return (M, outputs), or raise ValueError naming what does not fit."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"x must be [M, K] and weight [N, K], got {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x and weight must have one dtype, got {x.dtype} and {weight.dtype}")
+    num_rows, (num_out, num_in) = x.shape[0], weight.shape
+    if bias is not None:
+        check_shape("bias", bias, (num_out,))
+    if norm is not None:
+        check_shape("norm weight", norm[0], (num_in,))
+    if swiglu:
+        if num_out % 2:
+            raise ValueError(f"swiglu needs a weight of an even number of rows, got {num_out}")
+        num_out //= 2
+    if residual is not None:
+        check_shape("residual", residual, (num_rows, num_out))
+        if residual.stride(1) != 1:
+            raise ValueError("residual must have a contiguous last dimension")
+    if rotary is not None:
+        if swiglu or residual is not None:
+            raise ValueError("rotary goes with neither swiglu nor residual")
+        check_shape("positions", rotary.positions, (num_rows,))
+        check_shape("sin_table", rotary.sin_table, tuple(rotary.cos_table.shape))
+        if rotary.cos_table.shape[1] != rotary.head_dim or rotary.head_dim % 2:
+            raise ValueError(
+                f"rotary tables must be [positions, head_dim] with an even head_dim, got "
+                f"{tuple(rotary.cos_table.shape)} and head_dim {rotary.head_dim}"
+            )
+        if rotary.cos_table.stride() != rotary.sin_table.stride() or (
+            rotary.cos_table.stride(1) != 1
+        ):
+            raise ValueError("rotary tables must have equal strides, the last of them 1")
+        if rotary.num_heads * rotary.head_dim > num_out:
+            raise ValueError(
+                f"rotary covers {rotary.num_heads} heads of {rotary.head_dim}, more than the "
+                f"{num_out} outputs"
+            )
+    return num_rows, num_out
+
+
+def linear_by_torch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    rotary: Rotary | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The same by PyTorch's matrix product and the kernels of `pointwise`."""
+    if norm is not None:
+        x = rms_norm(x, *norm)
+    if residual is not None and bias is None and not swiglu and residual.dtype == x.dtype:
+        return torch.addmm(residual, x, weight.t()).to(dtype)
+    out = F.linear(x, weight, bias)
+    if swiglu:
+        out = swiglu_rows(out)
+    if rotary is not None:
+        width = rotary.num_heads * rotary.head_dim
+        heads = out[:, :width].unflatten(1, (rotary.num_heads, rotary.head_dim))
+        cos = rotary.cos_table.index_select(0, rotary.positions)
+        apply_rotary_(heads, cos, rotary.sin_table.index_select(0, rotary.positions))
+    if residual is not None:
+        out = out + residual
+    return out.to(dtype)
+
+
+def _launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    rotary: Rotary | None,
+    out: Tensor,
+    config: SkinnyConfig,
+    launch_pdl: bool,
+) -> None:
+    num_out, num_in = weight.shape
+    block_n, half_n = config.block_n, config.block_n // 2
+    num_programs = triton.cdiv(num_out, block_n)
+    half_dim, num_heads = 0, 0
+    if rotary is not None:
+        half_dim, num_heads = rotary.head_dim // 2, rotary.num_heads
+        rest = num_out - num_heads * rotary.head_dim
+        num_programs = num_heads * triton.cdiv(half_dim, half_n) + triton.cdiv(rest, block_n)
+    elif swiglu:
+        num_programs = triton.cdiv(out.shape[1], half_n)
+    num_steps = triton.cdiv(num_in, config.num_warps * config.slice_k)
+    split_steps = triton.cdiv(num_steps, config.splits)
+    row_bytes = norm_bytes = 0
+    if launch_pdl and config.prefetch:
+        norm_bytes = num_in * weight.element_size() // (32 * config.num_warps)
+        row_bytes = _prefetched_row_bytes(num_in, weight.element_size(), config, split_steps)
+    block_m = row_class(x.shape[0])
+    partials = None
+    if config.splits > 1:
+        shape = (config.splits, num_programs, block_n, block_m)
+        partials = torch.empty(shape, dtype=torch.float32, device=x.device)
+    around = (
+        bias,
+        residual,
+        None if rotary is None else rotary.cos_table,
+        None if rotary is None else rotary.sin_table,
+        None if rotary is None else rotary.positions,
+        out,
+        0 if residual is None else residual.stride(0),
+        0 if rotary is None else rotary.cos_table.stride(0),
+        x.shape[0],
+        num_out,
+        num_heads,
+    )
+    early = {"launch_pdl": True} if launch_pdl else {}
+    _skinny_kernel[(num_programs, config.splits)](
+        x,
+        weight,
+        None if norm is None else norm[0],
+        0.0 if norm is None else norm[1],
+        x.stride(0),
+        partials,
+        *around,
+        K=num_in,
+        HALF_DIM=half_dim,
+        SWIGLU=swiglu,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        SLICE_K=config.slice_k,
+        SLICES=config.num_warps,
+        SPLIT_STEPS=split_steps,
+        ROW_BYTES=row_bytes,
+        NORM_BYTES=norm_bytes if norm_bytes % 16 == 0 else 0,
+        ROTARY_EARLY=rotary is not None
+        and rotary.is_settled
+        and partials is None
+        and block_m * block_n <= MAX_EARLY_ROTARY,
+        PDL=launch_pdl,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        **early,
+    )
+    if partials is not None:
+        _add_splits_kernel[(num_programs,)](
+            partials,
+            *around,
+            SPLITS=config.splits,
+            HALF_DIM=half_dim,
+            SWIGLU=swiglu,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            PDL=launch_pdl,
+            num_warps=4,
+            **early,
+        )
+
+
+def _prefetched_row_bytes(
+    num_in: int, element_size: int, config: SkinnyConfig, split_steps: int
+) -> int:
+    """Bytes that a program prefetches of each of its rows: 16, or a multiple, a thread, or 0."""
+    unit = 16 * max(1, 32 * config.num_warps // config.block_n)
+    # Rows and threads start on 16 bytes, or nothing is prefetched.
+    if num_in * element_size % 16 or config.block_n > 32 * config.num_warps:
+        return 0
+    # No split reads beyond the row, where for the last row nothing might be.
+    last = num_in - (config.splits - 1) * split_steps * config.num_warps * config.slice_k
+    return min(max(last, 0) * element_size, PREFETCH_BYTES // config.block_n) // unit * unit
+
+
+@triton.jit
+def _ask_for_l2(addresses, num_bytes):
+    """Start to copy num_bytes (a multiple of 16) at each address (a multiple of 16) to L2."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [addresses, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit(do_not_specialize=["num_chunks"])
+def _prefetch_kernel(weight_ptr, num_chunks, CHUNK_BYTES: tl.constexpr, THREADS: tl.constexpr):
+    chunk = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
+    # Beyond the end, the last chunk once more.
+    chunk = tl.minimum(chunk, num_chunks - 1).to(tl.int64)
+    _ask_for_l2(
+        weight_ptr.to(tl.int64) + chunk * CHUNK_BYTES, tl.full(chunk.shape, CHUNK_BYTES, tl.int32)
+    )
+
+
+@triton.jit
+def _tile_rows(
+    pid,
+    num_out,
+    num_heads,
+    HALF_DIM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Return a program's rows of W, [BLOCK_N], which of them exist, and whether it rotates.
+
+    Where two outputs belong together, gate and up or the halves of a head, the first of each pair
+    are in the first half of the tile and the second in the second.
+    """
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    offs = tl.arange(0, BLOCK_N)
+    is_rotated = False
+    if SWIGLU:
+        rows = pid * HALF_N + offs % HALF_N
+        exists = rows < num_out // 2
+        rows += offs // HALF_N * (num_out // 2)
+    elif HALF_DIM > 0:
+        TILES: tl.constexpr = (HALF_DIM + HALF_N - 1) // HALF_N
+        is_rotated = pid < num_heads * TILES
+        in_half = pid % TILES * HALF_N + offs % HALF_N
+        rotated = pid // TILES * (2 * HALF_DIM) + in_half + offs // HALF_N * HALF_DIM
+        plain = num_heads * (2 * HALF_DIM) + (pid - num_heads * TILES) * BLOCK_N + offs
+        rows = tl.where(is_rotated, rotated, plain)
+        exists = tl.where(is_rotated, in_half < HALF_DIM, plain < num_out)
+    else:
+        rows = pid * BLOCK_N + offs
+        exists = rows < num_out
+    return rows, exists, is_rotated
+
+
+@triton.jit
+def _split_pairs(tile):
+    """[2 * n, ...] -> two of [n, ...]; `tile` is [BLOCK_N, BLOCK_M]."""
+    HALF_N: tl.constexpr = tile.shape[0] // 2
+    return tl.split(tl.permute(tl.reshape(tile, [2, HALF_N, tile.shape[1]]), (1, 2, 0)))
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_out", "num_heads"])
+def _skinny_kernel(
+    x_ptr,
+    weight_ptr,
+    norm_ptr,
+    eps,
+    stride_x,
+    partials_ptr,
+    bias_ptr,
+    residual_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    out_ptr,
+    stride_residual,
+    stride_table,
+    num_rows,
+    num_out,
+    num_heads,
+    K: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLICE_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    SPLIT_STEPS: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    NORM_BYTES: tl.constexpr,
+    ROTARY_EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    BLOCK_K: tl.constexpr = SLICES * SLICE_K
+    tile = tl.program_id(0)
+    rows, exists, is_rotated = _tile_rows(tile, num_out, num_heads, HALF_DIM, SWIGLU, BLOCK_N)
+    # Rows that do not exist are computed from one that does, and not stored.
+    w_rows = weight_ptr + tl.minimum(rows, num_out - 1).to(tl.int64) * K
+    first_step = tl.program_id(1) * SPLIT_STEPS
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        if ROW_BYTES > 0:
+            # Every thread a part of a row. Weights are nobody's output.
+            PARTS: tl.constexpr = 32 * SLICES // BLOCK_N
+            PART_BYTES: tl.constexpr = ROW_BYTES // PARTS
+            begin = (w_rows + first_step * BLOCK_K).to(tl.int64)
+            begin = begin[:, None] + tl.arange(0, PARTS)[None, :] * PART_BYTES
+            _ask_for_l2(begin, tl.full(begin.shape, PART_BYTES, tl.int32))
+        if norm_ptr is not None and NORM_BYTES > 0:
+            begin = norm_ptr.to(tl.int64) + tl.arange(0, 32 * SLICES) * NORM_BYTES
+            _ask_for_l2(begin, tl.full(begin.shape, NORM_BYTES, tl.int32))
+    # Two loads, one after the other: before the wait if allowed, else at the end.
+    cos, sin = 0.0, 0.0
+    if ROTARY_EARLY:
+        cos, sin = _load_rotary(
+            rows, exists & is_rotated, cos_ptr, sin_ptr, positions_ptr, stride_table, num_rows,
+            HALF_DIM, BLOCK_M,
+        )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_m = (offs_m < num_rows)[None, :, None]
+    # [SLICES, SLICE_K]: columns of a K step, a warp each slice.
+    offs_k = tl.arange(0, SLICES)[:, None] * SLICE_K + tl.arange(0, SLICE_K)[None, :]
+    w_ptrs = w_rows[None, :, None] + offs_k[:, None, :]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :, None] * stride_x + offs_k[:, None, :]
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+    squares = tl.zeros([SLICES, BLOCK_M], tl.float32)
+    STEPS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    end_step = tl.minimum(first_step + SPLIT_STEPS, STEPS) if SPLIT_STEPS < STEPS else STEPS
+    for step in tl.range(first_step, end_step, num_stages=STAGES):
+        first = step * BLOCK_K
+        if K % BLOCK_K == 0:
+            w = tl.load(w_ptrs + first)
+            x = tl.load(x_ptrs + first, mask=mask_m, other=0.0)
+        else:
+            mask_k = (first + offs_k < K)[:, None, :]
+            w = tl.load(w_ptrs + first, mask=mask_k, other=0.0)
+            x = tl.load(x_ptrs + first, mask=mask_m & mask_k, other=0.0)
+        if norm_ptr is not None:
+            if K % BLOCK_K == 0:
+                norm = tl.load(norm_ptr + first + offs_k)
+            else:
+                norm = tl.load(norm_ptr + first + offs_k, mask=first + offs_k < K, other=0.0)
+            x32 = x.to(tl.float32)
+            squares += tl.sum(x32 * x32, axis=2)
+            x = (x32 * norm.to(tl.float32)[:, None, :]).to(x_ptr.dtype.element_ty)
+        acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+
+    y = tl.sum(acc, axis=0)
+    if partials_ptr is not None:
+        tl.store(_tile_of_split(partials_ptr, tl.program_id(1), BLOCK_N, BLOCK_M), y)
+    else:
+        if norm_ptr is not None:
+            y *= tl.rsqrt(tl.sum(squares, axis=0) / K + eps)[None, :]
+        if HALF_DIM > 0 and not ROTARY_EARLY:
+            cos, sin = _load_rotary(
+                rows, exists & is_rotated, cos_ptr, sin_ptr, positions_ptr, stride_table, num_rows,
+                HALF_DIM, BLOCK_M,
+            )  # fmt: skip
+        _finish_tile(
+            y, rows, exists, is_rotated, cos, sin, bias_ptr, residual_ptr, out_ptr, stride_residual,
+            num_rows, num_out, HALF_DIM, SWIGLU,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_out", "num_heads"])
+def _add_splits_kernel(
+    partials_ptr,
+    bias_ptr,
+    residual_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    out_ptr,
+    stride_residual,
+    stride_table,
+    num_rows,
+    num_out,
+    num_heads,
+    SPLITS: tl.constexpr,
+    HALF_DIM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    rows, exists, is_rotated = _tile_rows(
+        tl.program_id(0), num_out, num_heads, HALF_DIM, SWIGLU, BLOCK_N
+    )
+    cos, sin = 0.0, 0.0
+    if HALF_DIM > 0:
+        cos, sin = _load_rotary(
+            rows, exists & is_rotated, cos_ptr, sin_ptr, positions_ptr, stride_table, num_rows,
+            HALF_DIM, BLOCK_M,
+        )  # fmt: skip
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for split in tl.static_range(SPLITS):
+        y += tl.load(_tile_of_split(partials_ptr, split, BLOCK_N, BLOCK_M))
+    _finish_tile(
+        y, rows, exists, is_rotated, cos, sin, bias_ptr, residual_ptr, out_ptr, stride_residual,
+        num_rows, num_out, HALF_DIM, SWIGLU,
+    )  # fmt: skip
+
+
+@triton.jit
+def _tile_of_split(partials_ptr, split, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Addresses of this program's sums in a split: [BLOCK_N, BLOCK_M]."""
+    tile = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
+    offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+    return partials_ptr + tile * (BLOCK_N * BLOCK_M) + offs
+
+
+@triton.jit
+def _load_rotary(
+    rows,
+    is_rotated,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    stride_table,
+    num_rows,
+    HALF_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Load the cosines and sines of a tile, [BLOCK_N, BLOCK_M] fp32; 0 where nothing rotates."""
+    offs_m = tl.arange(0, BLOCK_M)
+    mask = is_rotated[:, None] & (offs_m < num_rows)[None, :]
+    # As many loads as outputs: a row's position is then where its cosine is wanted.
+    position_ptrs = positions_ptr + offs_m[None, :] + tl.zeros(rows.shape, tl.int32)[:, None]
+    position = tl.load(position_ptrs, mask=mask, other=0).to(tl.int64)
+    at = position * stride_table + (rows % (2 * HALF_DIM))[:, None]
+    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _finish_tile(
+    y,
+    rows,
+    exists,
+    is_rotated,
+    cos,
+    sin,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    stride_residual,
+    num_rows,
+    num_out,
+    HALF_DIM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+):
+    """Store a tile of products, [BLOCK_N, BLOCK_M] fp32, with what comes after them."""
+    HALF_N: tl.constexpr = y.shape[0] // 2
+    offs_m = tl.arange(0, y.shape[1]).to(tl.int64)
+    width = num_out
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + rows, mask=exists, other=0.0).to(tl.float32)[:, None]
+    if SWIGLU:
+        gate, up = _split_pairs(y)
+        y = gate / (1.0 + tl.exp(-gate)) * up
+        width = num_out // 2
+        rows = tl.program_id(0) * HALF_N + tl.arange(0, HALF_N)
+        exists = rows < width
+    elif HALF_DIM > 0:
+        # The second half of the tile holds the partners of the first.
+        low, high = _split_pairs(y)
+        partner = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), y.shape)
+        y = tl.where(is_rotated, y * cos + partner * sin, y)
+    mask = exists[:, None] & (offs_m < num_rows)[None, :]
+    if residual_ptr is not None:
+        at = offs_m[None, :] * stride_residual + rows[:, None]
+        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    out_ptrs = out_ptr + offs_m[None, :] * width + rows[:, None]
+    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
