@@ -243,8 +243,8 @@ class AsyncEngine:
 
     def _check_queue(self, n: int) -> None:
         """Raise when `n` more samples would exceed what may run and wait."""
-        config = self._config
-        capacity = config.max_num_seqs + config.max_num_queued_requests
+        max_num_seqs = self._config.max_num_seqs or self.info.max_num_seqs
+        capacity = max_num_seqs + self._config.max_num_queued_requests
         if n > capacity:
             raise RequestError(
                 f"n is {n}, but at most {capacity} requests may run and wait; lower n or raise "

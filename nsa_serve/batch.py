@@ -12,17 +12,27 @@ from torch import Tensor
 
 from nsa_kernels.metadata import AttnMetadata, build_metadata
 from nsa_kernels.spec import NSASpec
-from nsa_serve.request import Request
-from nsa_serve.scheduler import SchedulerOutput
+from nsa_serve.request import Request, TokenLogprobs
+from nsa_serve.scheduler_output import ScheduledRow, SchedulerOutput
 
 
 @dataclass(frozen=True, slots=True)
 class PromptSpan:
     """Consecutive tokens of the step whose logits score the prompt tokens after them."""
 
-    request: Request
+    row: ScheduledRow
     first_row: int  # of the T rows
     targets: list[int]  # targets[i] is scored by row first_row + i
+
+    @property
+    def request(self) -> Request:
+        """Whose prompt it is."""
+        return self.row.request
+
+    def report(self, entries: Sequence[TokenLogprobs]) -> None:
+        """Give the request its next log-probabilities, unless it was preempted or ended since."""
+        if not self.row.is_stale:
+            self.request.prompt_logprobs += entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +75,7 @@ def build_batch(
         if request.params.prompt_logprobs is not None:
             targets = request.prompt_token_ids[row.start + 1 : stop + 1]
             if targets:
-                prompt_spans.append(PromptSpan(request, len(token_ids), targets))
+                prompt_spans.append(PromptSpan(row, len(token_ids), targets))
         token_ids += request.token_ids[row.start : stop]
         if stop > request.num_tokens:
             pending_tokens.append((len(token_ids), request))
@@ -73,7 +83,7 @@ def build_batch(
         if row.samples:
             sampling_rows.append(len(token_ids) - 1)
             sampling_requests.append(request)
-            output_positions.append(stop - request.num_prompt_tokens)
+            output_positions.append(row.output_position)
     return ForwardBatch(
         input_ids=torch.tensor(token_ids, dtype=torch.int64),
         attn=build_metadata(

@@ -10,9 +10,17 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from nsa_kernels.spec import NSASpec
 from nsa_serve.errors import ConfigError, ModelError
@@ -23,6 +31,10 @@ ENV_PREFIX = "NSA_SERVE_"
 Compression = Literal["mean", "mlp"]
 Gate = Literal["linear", "constant"]
 RopeType = Literal["default", "linear", "llama3"]
+DeviceType = Literal["cpu", "cuda"]
+
+# Share of a GPU's memory that the engine may take, when --gpu-memory-utilization does not say.
+DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
 
 _SIZE_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -48,6 +60,19 @@ def _field(default: Any, group: str, description: str, **kwargs: Any) -> Any:
     return Field(default, description=description, json_schema_extra={"group": group}, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What bounds a step, with the defaults of the device filled in.
+
+    max_num_batched_tokens: of a step; a prompt that is not cut must fit into it.
+    is_async: a step is launched before the tokens of the one before it are known.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    is_async: bool
+
+
 class EngineConfig(BaseModel):
     """Everything that decides how the engine runs. Unknown names are refused."""
 
@@ -66,29 +91,67 @@ class EngineConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "Model", "run dtype; auto is bfloat16 where the processor has it, else float32"
     )
-    device: Literal["auto", "cpu"] = _field("auto", "Model", "where the model runs")
+    device: Literal["auto", "cpu", "cuda"] = _field(
+        "auto", "Model", "where the model runs; auto is a GPU where torch sees one"
+    )
+    load_format: Literal["auto", "dummy"] = _field(
+        "auto", "Model", "dummy: random weights of the config's shapes, to measure speed with"
+    )
+    quantization: Literal["fp8"] | None = _field(
+        None, "Model", "fp8: weights in 8 bits, on GPUs that compute in it"
+    )
     max_model_len: int | None = _field(
         None,
         "Cache and scheduling",
-        "longest prompt plus output, in tokens; default: what the model was made for, "
-        "or what fits in the cache if that is less",
+        "longest prompt plus output, in tokens; auto, as when left out: what the model was made "
+        "for, or what fits in the cache if that is less",
         ge=1,
     )
     page_memory: MemorySize | None = _field(
         None,
         "Cache and scheduling",
-        "memory for the KV cache, such as 2GiB; default: a quarter of the free memory, at most "
-        "what max_num_seqs requests of max_model_len tokens can use",
+        "memory for the KV cache, such as 2GiB; default: on a GPU, what gpu_memory_utilization "
+        "leaves; else a quarter of the free memory, at most what max_num_seqs requests of "
+        "max_model_len tokens can use",
         gt=0,
     )
-    max_num_seqs: int = _field(
-        32, "Cache and scheduling", "most requests that run at once", ge=1, le=4096
-    )
-    max_num_batched_tokens: int = _field(
-        1024,
+    gpu_memory_utilization: float | None = _field(
+        None,
         "Cache and scheduling",
-        "most tokens in one step: decode rows and prefill chunks",
+        "share of the GPU's memory that may be in use, whoever uses it; the KV cache gets what "
+        f"the model leaves; page_memory goes before; default: {DEFAULT_GPU_MEMORY_UTILIZATION}",
+        gt=0,
+        le=1,
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = _field(
+        "auto", "Cache and scheduling", "auto: the run dtype; fp8: 8 bits (e4m3), on a GPU"
+    )
+    max_num_seqs: int | None = _field(
+        None,
+        "Cache and scheduling",
+        "most requests that run at once; default: 32, on a GPU 64",
         ge=1,
+        le=4096,
+    )
+    max_num_batched_tokens: int | None = _field(
+        None,
+        "Cache and scheduling",
+        "most tokens in one step: decode rows and prefill chunks; default: 1024, on a GPU 8192",
+        ge=1,
+    )
+    enable_chunked_prefill: bool = _field(
+        True,
+        "Cache and scheduling",
+        "run a long prompt in several steps; without, every prompt is one step, and a step may "
+        "have max_model_len tokens",
+    )
+    async_scheduling: bool | None = _field(
+        None,
+        "Cache and scheduling",
+        "launch a step before the tokens of the last one are known; default: on a GPU only",
+    )
+    enforce_eager: bool = _field(
+        False, "Cache and scheduling", "launch every kernel by itself: no CUDA graphs"
     )
     max_num_queued_requests: int = _field(
         1024, "Cache and scheduling", "requests that may wait; more are answered 503", ge=1
@@ -102,6 +165,62 @@ class EngineConfig(BaseModel):
     num_threads: int | None = _field(
         None, "Model", "CPU threads of the engine; default: the cores this process may use", ge=1
     )
+
+    @field_validator("max_model_len", mode="before")
+    @classmethod
+    def _read_auto(cls, value: object) -> object:
+        return None if value == "auto" else value
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.device == "cpu":
+            self._check_cpu()
+        return self
+
+    def check_device(self, device: DeviceType) -> None:
+        """Raise ConfigError when a setting cannot work on the device that auto came to be."""
+        if device == "cpu":
+            try:
+                self._check_cpu()
+            except ValueError as error:
+                raise ConfigError(f"{error}; torch sees no CUDA device here") from None
+
+    def _check_cpu(self) -> None:
+        for name, is_set in (
+            ("quantization", self.quantization is not None),
+            ("kv_cache_dtype", self.kv_cache_dtype != "auto"),
+            ("gpu_memory_utilization", self.gpu_memory_utilization is not None),
+        ):
+            if is_set:
+                flag = name.replace("_", "-")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)} but the device is a cpu, where it has no "
+                    f"meaning: leave --{flag} out or serve on a GPU (--device cuda)"
+                )
+
+    def limits(self, device: DeviceType, max_model_len: int) -> StepLimits:
+        """Return the bounds of a step on a device, for requests of up to `max_model_len` tokens.
+
+        Raises ConfigError when prompts must not be cut and do not fit a step.
+        """
+        is_cuda = device == "cuda"
+        max_num_batched_tokens = self.max_num_batched_tokens
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = 8192 if is_cuda else 1024
+            if not self.enable_chunked_prefill:
+                max_num_batched_tokens = max(max_num_batched_tokens, max_model_len)
+        if not self.enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a prompt runs in one step, but max_num_batched_tokens is "
+                f"{max_num_batched_tokens} and max_model_len is {max_model_len}: leave "
+                f"--max-num-batched-tokens out or raise it to {max_model_len}, lower "
+                f"--max-model-len to {max_num_batched_tokens}, or leave chunked prefill on"
+            )
+        return StepLimits(
+            max_num_seqs=self.max_num_seqs or (64 if is_cuda else 32),
+            max_num_batched_tokens=max_num_batched_tokens,
+            is_async=is_cuda if self.async_scheduling is None else self.async_scheduling,
+        )
 
 
 def make_config(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:

@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -60,7 +61,7 @@ class GraphPool:
 
     device: torch.device
     _graphs: dict[tuple[object, ...], torch.cuda.CUDAGraph] = field(default_factory=dict)
-    _pool: tuple[int, int] | None = None
+    _pool: Any = None  # torch's handle, whose type it does not name
     _stream: torch.cuda.Stream | None = None
 
     def __len__(self) -> int:

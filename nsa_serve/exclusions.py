@@ -38,7 +38,7 @@ class Exclusions:
                     known = request, _outside(request.params.allowed_token_ids, logits[row])
                 outside[request.request_id] = known
                 logits[row].masked_fill_(known[1], -torch.inf)
-            ids = self._excluded_ids(request)
+            ids = excluded_ids(request, self._eos_token_ids)
             if ids:
                 logits[row, torch.tensor(ids, device=logits.device)] = -torch.inf
         # Those of requests that left the batch go with the old dict.
@@ -46,14 +46,22 @@ class Exclusions:
         if masks is not None:
             apply_bitmask(logits, masks.rows, masks.bits)
 
-    def _excluded_ids(self, request: Request) -> list[int]:
-        params, output = request.params, request.output_token_ids
-        ids = [word[-1] for word in params.bad_words if _is_coming(word, output)]
+
+def excluded_ids(
+    request: Request, eos_token_ids: Sequence[int], position: int | None = None
+) -> list[int]:
+    """Return the tokens excluded by bad_words and min_tokens; some may come twice.
+
+    position: of the token to choose in the output; default: the one after those known.
+    """
+    params, output = request.params, request.output_token_ids
+    ids = [word[-1] for word in params.bad_words if _is_coming(word, output)]
+    if (len(output) if position is None else position) < params.min_tokens and (
         # A grammar that allows nothing but the end goes before min_tokens: it cannot be left.
-        is_done = request.matcher is not None and request.matcher.is_done
-        if len(output) < params.min_tokens and not is_done:
-            ids += [*self._eos_token_ids, *params.stop_token_ids]
-        return ids
+        request.matcher is None or not request.matcher.is_done
+    ):
+        ids += [*eos_token_ids, *params.stop_token_ids]
+    return ids
 
 
 def apply_bitmask(logits: Tensor, rows: Sequence[int], bits: NDArray[np.uint8]) -> None:

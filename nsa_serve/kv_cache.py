@@ -3,6 +3,7 @@
 import contextlib
 import math
 import mmap
+from collections.abc import Sequence
 
 import torch
 
@@ -55,10 +56,18 @@ class KVCache:
     """Pages of every layer: `layers[i]` is what layer i's attention reads and writes.
 
     Memory is left uninitialised except for the null page; the operators zero what they open.
+    scales: of keys and of values of every layer, each [H] fp32, where dtype is
+    torch.float8_e4m3fn; None is 1 everywhere. ValueError for scales of any other dtype.
     """
 
     def __init__(
-        self, config: ModelConfig, num_pages: int, *, dtype: torch.dtype, device: torch.device
+        self,
+        config: ModelConfig,
+        num_pages: int,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        scales: Sequence[tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> None:
         nsa, heads = config.nsa, config.num_kv_heads
 
@@ -68,6 +77,15 @@ class KVCache:
             tensor[0].zero_()
             return tensor
 
+        layer_scales: Sequence[tuple[torch.Tensor | None, torch.Tensor | None]]
+        if dtype == torch.float8_e4m3fn:
+            ones = torch.ones(heads, dtype=torch.float32, device=device)
+            layer_scales = scales or [(ones, ones)] * config.num_layers
+        elif scales is None:
+            layer_scales = [(None, None)] * config.num_layers
+        else:
+            raise ValueError(f"scales are for a cache in torch.float8_e4m3fn, not in {dtype}")
+
         self.num_pages = num_pages
         self.layers = [
             LayerCache(
@@ -75,8 +93,10 @@ class KVCache:
                 v=pages(nsa.block_size, config.v_head_dim),
                 k_cmp=pages(nsa.cmp_entries_per_page, config.head_dim),
                 v_cmp=pages(nsa.cmp_entries_per_page, config.v_head_dim),
+                k_scale=k_scale,
+                v_scale=v_scale,
             )
-            for _ in range(config.num_layers)
+            for _, (k_scale, v_scale) in zip(range(config.num_layers), layer_scales, strict=True)
         ]
 
 

@@ -43,6 +43,33 @@ class TraceGeometry(msgspec.Struct, frozen=True, kw_only=True):
     costs: ReadCosts
 
 
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the memory of a GPU goes, in bytes. num_graphs, capture_s: of its CUDA graphs.
+
+    other_bytes: other processes, and what the driver keeps. activation_bytes: the most that a step
+    takes for itself, and the buffers that steps share.
+    """
+
+    name: str
+    total_bytes: int
+    other_bytes: int
+    weight_bytes: int
+    activation_bytes: int
+    graph_bytes: int
+    num_graphs: int
+    capture_s: float
+
+    def parts(self) -> list[tuple[str, int]]:
+        """Return name and bytes of each part that pages cannot have, and of the whole."""
+        return [
+            ("total", self.total_bytes),
+            ("other", self.other_bytes),
+            ("weights", self.weight_bytes),
+            ("activations", self.activation_bytes),
+            ("graphs", self.graph_bytes),
+        ]
+
+
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What was loaded and what fits, known once the engine is ready."""
 
@@ -52,6 +79,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_parameters: int
     weight_bytes: int
     max_model_len: int
+    max_num_seqs: int
     vocab_size: int
     page_size: int
     num_pages: int  # without the null page
@@ -60,6 +88,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     trace: TraceGeometry | None = None  # None where blocks cannot be traced
+    memory: DeviceMemory | None = None  # None on a CPU
+    cache_dtype: str = ""  # empty: that of the model
+    quantization: str | None = None
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):

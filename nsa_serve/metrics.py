@@ -214,6 +214,10 @@ class Metrics:
         cache_bytes = new.gauge_family("cache_bytes", "Bytes of the KV cache.", "component")
         for part in info.cache:
             cache_bytes.labels(*new.label_values, part.name).set(part.total_bytes)
+        if info.memory is not None:
+            memory = new.gauge_family("gpu_memory_bytes", "Where a GPU's memory goes.", "part")
+            for name, size in info.memory.parts():
+                memory.labels(*new.label_values, name).set(size)
         phase_s = new.gauge_family("startup_phase_seconds", "Start-up of the engine.", "phase")
         for name, seconds in info.phase_s.items():
             phase_s.labels(*new.label_values, name).set(seconds)

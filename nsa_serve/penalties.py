@@ -18,7 +18,7 @@ class Penalties:
         """Change logits [R, V] in place, row i for `requests[i]`."""
         states: dict[str, _PenaltyState] = {}
         for row, request in enumerate(requests):
-            if not _has_penalties(request.params):
+            if not has_penalties(request.params):
                 continue
             state = self._states.get(request.request_id)
             if state is None or state.request is not request:
@@ -29,7 +29,8 @@ class Penalties:
         self._states = states
 
 
-def _has_penalties(params: SamplingParams) -> bool:
+def has_penalties(params: SamplingParams) -> bool:
+    """Return whether any of the three is on."""
     return (
         params.repetition_penalty != 1.0
         or params.presence_penalty != 0.0

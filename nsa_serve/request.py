@@ -358,11 +358,6 @@ class Request:
         self.sampling_seed = random.getrandbits(63) if seed is None else seed
 
     @property
-    def is_traced(self) -> bool:
-        """True when the next token is to come with its trace."""
-        return self.trace is not None and len(self.output_token_ids) < self.trace.max_tokens
-
-    @property
     def queued_s(self) -> float:
         """Seconds that the request waited before it first ran; 0 while it waits."""
         return 0.0 if self.scheduled_s is None else self.scheduled_s - self.arrival_s

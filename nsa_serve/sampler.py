@@ -22,14 +22,14 @@ from torch import Tensor
 
 from nsa_serve.exclusions import Exclusions
 from nsa_serve.logprobs import token_logprobs
-from nsa_serve.penalties import Penalties
+from nsa_serve.penalties import Penalties, has_penalties
 from nsa_serve.request import Request, SamplingParams, TokenLogprobs
 from nsa_serve.row_search import draw_by_index, first_argmax
 from nsa_serve.sampling_cut import cut_weights, is_cut
 from nsa_serve.scheduler_output import SampledToken
 from nsa_serve.structured.masks import StepMasks
 
-__all__ = ["Sampler", "SamplingFailure", "token_logprobs", "uniform"]
+__all__ = ["Sampler", "SamplingFailure", "needs_history", "token_logprobs", "uniform"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,13 +54,19 @@ class Sampler:
         self._penalties = Penalties()
 
     def sample(
-        self, logits: Tensor, requests: Sequence[Request], masks: StepMasks | None = None
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        masks: StepMasks | None = None,
+        *,
+        output_positions: Sequence[int] | None = None,
     ) -> list[SampledToken | SamplingFailure]:
         """Return one token a row, in order.
 
         logits: float32 [R, V], row i for `requests[i]`; they are overwritten. masks: what grammars
-        allow. A row whose largest logit is NaN or infinite, or whose grammar has failed, gives a
-        `SamplingFailure`.
+        allow. output_positions: [R], which of its request's output tokens a row yields, counted
+        from 0; default: the one after those that are known. A row whose largest logit is NaN or
+        infinite, or whose grammar has failed, gives a `SamplingFailure`.
         """
         assert logits.dtype == torch.float32, logits.dtype
         assert logits.shape[0] == len(requests), (logits.shape, len(requests))
@@ -81,9 +87,14 @@ class Sampler:
             row for row, item in enumerate(requests) if is_valid[row] and not item.params.is_greedy
         ]
         if drawn:
-            for row, token_id in zip(
-                drawn, self._draw(logits, peaks, drawn, requests), strict=True
-            ):
+            if output_positions is None:
+                output_positions = [item.num_output_tokens for item in requests]
+            uniforms = [
+                uniform(requests[row].sampling_seed, output_positions[row]) for row in drawn
+            ]
+            params = [requests[row].params for row in drawn]
+            chosen = _draw(logits, peaks, drawn, params, uniforms=uniforms)
+            for row, token_id in zip(drawn, chosen, strict=True):
                 token_ids[row] = token_id
         logprobs = {}
         if raw_logits is not None:
@@ -93,7 +104,7 @@ class Sampler:
             if row in failed
             else SampledToken(token_ids[row], logprobs.get(row))
             if is_valid[row]
-            else _failure(request.params, float(peaks[row, 0]))
+            else failure_of(request.params, float(peaks[row, 0]))
             for row, request in enumerate(requests)
         ]
 
@@ -106,33 +117,48 @@ class Sampler:
                     list(bias.values()), dtype=logits.dtype, device=logits.device
                 )
 
-    def _draw(
-        self, logits: Tensor, peaks: Tensor, rows: list[int], requests: Sequence[Request]
-    ) -> list[int]:
-        """Draw a token for each of `rows`. Overwrites the logits of those rows."""
-        params = [requests[row].params for row in rows]
-        weights = logits
-        if len(rows) < logits.shape[0]:
-            weights, peaks = logits[rows], peaks[rows]
-        # Below float32's smallest normal number a temperature is greedy, and must not divide by 0.
-        temperature = torch.tensor([item.temperature for item in params], device=logits.device)
-        temperature.clamp_min_(torch.finfo(torch.float32).tiny)
-        weights.sub_(peaks).div_(temperature[:, None]).exp_()  # [rows, V], at most 1
-        if any(item.min_p > 0.0 for item in params):
-            min_p = torch.tensor([item.min_p for item in params], device=logits.device)
-            weights.masked_fill_(weights < min_p[:, None], 0.0)
-        vocab_size = logits.shape[1]
-        cut = [i for i, item in enumerate(params) if is_cut(item, vocab_size)]
-        if len(cut) == len(rows):
-            weights = cut_weights(weights, params)
-        elif cut:
-            weights[cut] = cut_weights(weights[cut], [params[i] for i in cut])
-        uniforms = torch.tensor(
-            [uniform(requests[row].sampling_seed, requests[row].num_output_tokens) for row in rows],
-            dtype=torch.float64,
-            device=logits.device,
-        )
-        return [int(token_id) for token_id in draw_by_index(weights, uniforms).tolist()]
+
+def needs_history(request: Request) -> bool:
+    """Return whether a choice for this request depends on its output so far.
+
+    Its logits do not count: they come from the cache.
+    """
+    params = request.params
+    return (
+        request.matcher is not None
+        or has_penalties(params)
+        or bool(params.bad_words)
+        or params.min_tokens > 0
+    )
+
+
+def _draw(
+    logits: Tensor,
+    peaks: Tensor,
+    rows: list[int],
+    params: list[SamplingParams],
+    *,
+    uniforms: list[float],
+) -> list[int]:
+    """Draw a token for each of `rows`. Overwrites the logits of those rows."""
+    weights = logits
+    if len(rows) < logits.shape[0]:
+        weights, peaks = logits[rows], peaks[rows]
+    # Below float32's smallest normal number a temperature is greedy, and must not divide by 0.
+    temperature = torch.tensor([item.temperature for item in params], device=logits.device)
+    temperature.clamp_min_(torch.finfo(torch.float32).tiny)
+    weights.sub_(peaks).div_(temperature[:, None]).exp_()  # [rows, V], at most 1
+    if any(item.min_p > 0.0 for item in params):
+        min_p = torch.tensor([item.min_p for item in params], device=logits.device)
+        weights.masked_fill_(weights < min_p[:, None], 0.0)
+    vocab_size = logits.shape[1]
+    cut = [i for i, item in enumerate(params) if is_cut(item, vocab_size)]
+    if len(cut) == len(rows):
+        weights = cut_weights(weights, params)
+    elif cut:
+        weights[cut] = cut_weights(weights[cut], [params[i] for i in cut])
+    points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device)
+    return [int(token_id) for token_id in draw_by_index(weights, points).tolist()]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -149,7 +175,8 @@ def _chosen_logprobs(
     return dict(zip(rows, entries, strict=True))
 
 
-def _failure(params: SamplingParams, peak: float) -> SamplingFailure:
+def failure_of(params: SamplingParams, peak: float) -> SamplingFailure:
+    """Say why a row whose largest logit is `peak`, not a finite number, has no token."""
     if peak != -torch.inf:
         return SamplingFailure(f"the model produced logits that are not finite (largest: {peak})")
     constraints = {

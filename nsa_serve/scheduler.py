@@ -5,13 +5,25 @@ There is no prefill phase and no decode phase: each request has `num_computed_to
 that lacks one token gets it, then chunks of longer work take what is left, then waiting requests
 are admitted in the order of the policy. When pages run out, the request that is last in that order
 is preempted: it gives back its pages, keeps its tokens and is computed anew later.
+
+Steps may be in flight, scheduled and not updated. A token that one of them samples is pending: the
+next row of its request can be scheduled without it, since where a row lies does not depend on what
+it holds. What cannot be foreseen is a token that ends its request: then the row behind it is
+stale, and what it computes is dropped. An end by length is foreseen, so no row goes beyond it.
+
+Pages of a request that ends or is preempted are free at once, though a stale row may yet write to
+them. That is safe where steps run in the order in which they were scheduled, as on the stream of a
+device: whoever gets such a page next writes to it in a later step, and reads of it only what it
+wrote. The prefix cache has no page that a stale row writes to: a row writes to pages that are not
+full without it, and a page is published when the rows that fill it are updated, which a stale row
+never is.
 """
 
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from nsa_serve.errors import RequestError
+from nsa_serve.errors import ConfigError, RequestError
 from nsa_serve.page_pool import PagePool
 from nsa_serve.prefix_cache import PrefixCache
 from nsa_serve.request import FinishReason, Request, RequestStatus, TokenOutput
@@ -44,9 +56,11 @@ class Scheduler:
     max_model_len and what the whole pool holds. One that reaches it ends with
     FinishReason.LENGTH, so a request can always run to its end when it is alone.
 
+    enable_chunked_prefill: a prompt may be run in several steps; without, it takes one.
     policy: "fcfs" serves by arrival, "priority" by (`Request.priority`, arrival), lowest first.
     clock: the one of `Request.arrival_s`, in seconds.
-    Raises ValueError when a limit is below 1 or the policy is unknown.
+    Raises ValueError when a limit is below 1 or the policy is unknown, ConfigError when prompts
+    must not be cut and the longest does not fit in a step.
     """
 
     def __init__(
@@ -56,6 +70,7 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         max_model_len: int,
+        enable_chunked_prefill: bool = True,
         policy: Policy = "fcfs",
         eos_token_ids: tuple[int, ...] = (),
         clock: Callable[[], float] = time.monotonic,
@@ -67,6 +82,13 @@ class Scheduler:
         ):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not enable_chunked_prefill and max_num_batched_tokens < max_model_len:
+            raise ConfigError(
+                f"without chunked prefill a prompt runs in one step, but max_num_batched_tokens is "
+                f"{max_num_batched_tokens} and max_model_len is {max_model_len}: raise "
+                f"--max-num-batched-tokens to {max_model_len}, lower --max-model-len to "
+                f"{max_num_batched_tokens}, or leave chunked prefill on"
+            )
         self.pool = pool
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -76,6 +98,7 @@ class Scheduler:
         self.num_preemptions_total = 0
         self.prefix_cache_queries_total = 0  # tokens looked up
         self.prefix_cache_hits_total = 0  # tokens found
+        self._enable_chunked_prefill = enable_chunked_prefill
         self._num_arrivals = 0
         self._entries: dict[str, Entry] = {}
         # In the order of service; decode rows that the budget left out come to the front.
@@ -109,7 +132,7 @@ class Scheduler:
         to generate (none for max_tokens 0) exceed max_model_len or the whole page pool.
         """
         self._check_request(request)
-        entry = Entry(request, self._num_arrivals)
+        entry = Entry(request, self._num_arrivals, self._max_tokens(request))
         self._num_arrivals += 1
         self._entries[request.request_id] = entry
         request.status = RequestStatus.WAITING
@@ -138,11 +161,12 @@ class Scheduler:
         """Choose the rows of the next step and give them pages.
 
         Rows of earlier steps that were not yet updated count as run: their tokens are not
-        scheduled again, so `update` may follow one or more steps late.
+        scheduled again, and those that they sample are pending. So `update` may follow one or more
+        steps late.
         """
         step = _Step(budget=self.max_num_batched_tokens)
-        self._schedule_decode_rows(step)
-        self._schedule_chunks(step)
+        longer = self._schedule_decode_rows(step)
+        self._schedule_chunks(step, longer)
         # The pages of a preempted request are for those that run: admitting it again, or another,
         # in the same step would take them back.
         if not step.preempted:
@@ -163,20 +187,23 @@ class Scheduler:
         are updated in the order in which they were scheduled.
         """
         outputs = []
+        page_size = self.pool.page_size
         for row in output.rows:
             if row.is_stale:
                 continue
-            request = row.request
+            request, start, num_tokens = row.request, row.start, row.num_tokens
             entry = self._entries[request.request_id]
-            assert row.start == request.num_computed_tokens, "steps were updated out of order"
-            entry.num_in_flight_tokens -= row.num_tokens
-            request.num_computed_tokens += row.num_tokens
-            self._prefix_cache.publish(request, start=row.start)
+            assert start == request.num_computed_tokens, "steps were updated out of order"
+            entry.num_in_flight_tokens -= num_tokens
+            request.num_computed_tokens = end = start + num_tokens
+            if start // page_size != end // page_size:
+                self._prefix_cache.publish(request, start=start)
             if row.samples:
+                entry.num_pending_tokens -= 1
                 outputs.append(self._accept(entry, sampled[request.request_id]))
-            elif request.params.max_tokens == 0 and entry.num_remaining == 0:
+            elif end == request.num_prompt_tokens and request.params.max_tokens == 0:
                 self._end(entry)
-                outputs.append(make_token_output(request, [], FinishReason.LENGTH, is_first=True))
+                outputs.append(make_token_output(request, None, FinishReason.LENGTH, is_first=True))
         return outputs
 
     def discard(self, output: SchedulerOutput) -> None:
@@ -190,6 +217,7 @@ class Scheduler:
             entry = self._entries[row.request.request_id]
             assert row.start + row.num_tokens == entry.next_start, "a later step is outstanding"
             entry.num_in_flight_tokens -= row.num_tokens
+            entry.num_pending_tokens -= row.samples
             num_kept = self._num_pages(entry.next_start)
             self.pool.release(row.request.pages[num_kept:])
             del row.request.pages[num_kept:]
@@ -208,7 +236,7 @@ class Scheduler:
         num_prompt_tokens = request.num_prompt_tokens
         if num_prompt_tokens == 0:
             raise RequestError("prompt is empty; send at least one token", param="prompt")
-        num_tokens = _num_tokens_to_fit(request)
+        num_tokens = num_prompt_tokens + (request.params.max_tokens != 0)
         room = "" if num_tokens == num_prompt_tokens else ", which must also hold one output token"
         if num_tokens > self.max_model_len:
             raise RequestError(
@@ -224,11 +252,26 @@ class Scheduler:
                 param="prompt",
             )
 
+    def _max_tokens(self, request: Request) -> int:
+        """Return the length at which a request ends at the latest."""
+        max_tokens = request.params.max_tokens
+        if max_tokens is None:
+            return self.max_request_tokens
+        return min(self.max_request_tokens, request.num_prompt_tokens + max_tokens)
+
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.page_size)
 
-    def _schedule_decode_rows(self, step: _Step) -> None:
-        ready = [entry for entry in self._running.values() if entry.num_remaining == 1]
+    def _schedule_decode_rows(self, step: _Step) -> list[Entry]:
+        """Add the rows of requests that lack one token; return those that lack more."""
+        ready: list[Entry] = []
+        longer: list[Entry] = []
+        for entry in self._running.values():
+            num_remaining = entry.num_remaining
+            if num_remaining == 1:
+                ready.append(entry)
+            elif num_remaining:
+                longer.append(entry)
         for entry in ready:
             if step.budget == 0:
                 break
@@ -238,11 +281,10 @@ class Scheduler:
             # Those served go to the back, so that the rest are first in the next step.
             for request_id in step.decode_rows:
                 self._running[request_id] = self._running.pop(request_id)
+        return longer
 
-    def _schedule_chunks(self, step: _Step) -> None:
-        for entry in list(self._running.values()):
-            if entry.num_remaining == 0:
-                continue
+    def _schedule_chunks(self, step: _Step, entries: list[Entry]) -> None:
+        for entry in entries:
             num_tokens = self._chunk_len(entry.next_start, entry.num_remaining, step)
             if num_tokens and self._grow(entry, num_tokens, step):
                 self._add_row(entry, num_tokens, step)
@@ -250,11 +292,14 @@ class Scheduler:
     def _chunk_len(self, start: int, num_remaining: int, step: _Step) -> int:
         """Return how many tokens from `start` fit the step: all that remain, else whole pages.
 
-        A chunk that closes no page is only for the first chunk of a step, which must progress
-        however small the budget is; others wait for a step with more room.
+        Without chunked prefill it is all or none. A chunk that closes no page is only for the first
+        chunk of a step, which must progress however small the budget is; others wait for a step
+        with more room.
         """
         if num_remaining <= step.budget:
             return num_remaining
+        if not self._enable_chunked_prefill:
+            return 0
         end = start + step.budget
         end -= end % self.pool.page_size
         if end > start:
@@ -263,13 +308,21 @@ class Scheduler:
 
     def _add_row(self, entry: Entry, num_tokens: int, step: _Step) -> None:
         request = entry.request
-        num_remaining = entry.num_remaining
+        start, num_remaining = entry.next_start, entry.num_remaining
         samples = num_tokens == num_remaining and request.params.max_tokens != 0
-        row = ScheduledRow(request, entry.next_start, num_tokens, samples, request.num_preemptions)
+        row = ScheduledRow(
+            request,
+            start,
+            num_tokens,
+            samples,
+            request.num_preemptions,
+            start + num_tokens > len(request.token_ids),
+        )
         rows = step.decode_rows if num_remaining == 1 else step.chunks
         rows[request.request_id] = row
         step.budget -= num_tokens
         entry.num_in_flight_tokens += num_tokens
+        entry.num_pending_tokens += samples
 
     def _grow(self, entry: Entry, num_tokens: int, step: _Step) -> bool:
         """Give a running request the pages for its next tokens, preempting others if need be.
@@ -279,6 +332,8 @@ class Scheduler:
         request = entry.request
         while request.status is RequestStatus.RUNNING:
             count = self._num_pages(entry.next_start + num_tokens) - len(request.pages)
+            if count <= 0:
+                return True
             pages = self.pool.allocate(count)
             if pages is not None:
                 request.pages.extend(pages)
@@ -311,7 +366,9 @@ class Scheduler:
         A request starts only when all its tokens, and one more, fit beside what the running ones
         still need for theirs; the first that does not fit holds up those behind it.
         """
-        num_claimed = sum(self._num_missing_pages(e.request) for e in self._running.values())
+        if not self._waiting:
+            return
+        num_claimed = sum(map(self._num_missing_pages, self._running.values()))
         while self._waiting and step.budget and len(self._running) < self.max_num_seqs:
             entry = self._waiting.first
             request = entry.request
@@ -320,7 +377,7 @@ class Scheduler:
             if self._prefix_cache.is_prefix_coming(request, len(hits), running=running):
                 break
             num_free = self.pool.num_free_pages - self.pool.num_unreferenced(hits) - num_claimed
-            if self._num_pages(_num_tokens_to_fit(request)) - len(hits) > num_free:
+            if self._num_pages(_num_tokens_to_fit(entry)) - len(hits) > num_free:
                 break
             start = len(hits) * self.pool.page_size
             num_tokens = self._chunk_len(start, request.num_tokens - start, step)
@@ -330,10 +387,10 @@ class Scheduler:
             has_grown = self._grow(entry, num_tokens, step)
             assert has_grown, f"{request.request_id} was admitted without pages"
             self._add_row(entry, num_tokens, step)
-            num_claimed += self._num_missing_pages(request)
+            num_claimed += self._num_missing_pages(entry)
 
-    def _num_missing_pages(self, request: Request) -> int:
-        return max(0, self._num_pages(_num_tokens_to_fit(request)) - len(request.pages))
+    def _num_missing_pages(self, entry: Entry) -> int:
+        return max(0, self._num_pages(_num_tokens_to_fit(entry)) - len(entry.request.pages))
 
     def _start(self, entry: Entry, hits: list[int]) -> None:
         request = entry.request
@@ -355,12 +412,13 @@ class Scheduler:
         request = entry.request
         is_first = request.num_output_tokens == 0
         request.append_token(token.token_id)
-        finish_reason, stop_reason = self._stop(request, token.token_id)
+        finish_reason, stop_reason = self._stop(entry, token.token_id)
         if finish_reason is not None:
             self._end(entry)
-        return make_token_output(request, [token], finish_reason, stop_reason, is_first=is_first)
+        return make_token_output(request, token, finish_reason, stop_reason, is_first=is_first)
 
-    def _stop(self, request: Request, token_id: int) -> tuple[FinishReason | None, int | None]:
+    def _stop(self, entry: Entry, token_id: int) -> tuple[FinishReason | None, int | None]:
+        request = entry.request
         params = request.params
         # A grammar lets EOS come only at its end, after which nothing can be sampled.
         if request.matcher is not None and token_id in self.eos_token_ids:
@@ -370,8 +428,7 @@ class Scheduler:
                 return FinishReason.STOP, None
             if token_id in params.stop_token_ids:
                 return FinishReason.STOP, token_id
-        is_full = request.num_tokens >= self.max_request_tokens
-        if is_full or request.num_output_tokens == params.max_tokens:
+        if request.num_tokens >= entry.max_tokens:
             return FinishReason.LENGTH, None
         return None, None
 
@@ -388,9 +445,11 @@ class Scheduler:
     def _release_pages(self, entry: Entry) -> None:
         self.pool.release(entry.request.pages)
         entry.request.pages = []
+        # Rows in flight are stale from here on, and so are the tokens that they sample.
         entry.num_in_flight_tokens = 0
+        entry.num_pending_tokens = 0
 
 
-def _num_tokens_to_fit(request: Request) -> int:
+def _num_tokens_to_fit(entry: Entry) -> int:
     """Tokens that must have room for the request to be worth starting."""
-    return request.num_tokens + (request.params.max_tokens != 0)
+    return min(entry.request.num_tokens + 1, entry.max_tokens)

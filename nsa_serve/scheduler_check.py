@@ -21,6 +21,7 @@ def check_requests(
         assert request.status is RequestStatus.WAITING, f"{request.request_id} waits"
         assert not request.pages, f"waiting {request.request_id} holds pages {request.pages}"
         assert entry.next_start == 0, f"waiting {request.request_id} has computed tokens"
+        assert not entry.num_pending_tokens, f"waiting {request.request_id} has pending tokens"
     for entry in running:
         _check_running(pool, entry)
     held = Counter(page for entry in running for page in entry.request.pages)
@@ -34,7 +35,13 @@ def _check_running(pool: PagePool, entry: Entry) -> None:
     request, name = entry.request, entry.request.request_id
     assert request.status is RequestStatus.RUNNING, f"{name} runs, but is {request.status}"
     assert entry.num_in_flight_tokens >= 0, f"{name} has negative tokens in flight"
-    assert entry.next_start <= request.num_tokens, f"{name} ran tokens that do not exist"
+    num_pending = entry.num_pending_tokens
+    assert 0 <= num_pending <= entry.num_in_flight_tokens, f"{name} has {num_pending} pending"
+    assert entry.next_start <= entry.num_tokens, f"{name} ran tokens that do not exist"
+    assert request.num_tokens < entry.max_tokens or not request.num_output_tokens, (
+        f"{name} goes on at {request.num_tokens} tokens of {entry.max_tokens}"
+    )
+    assert not num_pending or entry.num_tokens <= entry.max_tokens, f"{name} samples too many"
     num_pages = -(-entry.next_start // pool.page_size)
     assert len(request.pages) == num_pages, f"{name} holds {request.pages}, not {num_pages}"
     num_full_pages = request.num_computed_tokens // pool.page_size

@@ -7,7 +7,7 @@ import msgspec
 from nsa_serve.request import FinishReason, Request, RequestStatus, TokenLogprobs, TokenOutput
 
 
-class SampledToken(msgspec.Struct, frozen=True):
+class SampledToken(msgspec.Struct, frozen=True, gc=False):
     """What the sampler chose for one row.
 
     blocks: by traced layer and KV head, when the request is traced.
@@ -18,12 +18,15 @@ class SampledToken(msgspec.Struct, frozen=True):
     blocks: list[list[list[int]]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRow:
+# Structs, here and above, since they are made for every row of every step: a frozen dataclass
+# takes four times as long.
+class ScheduledRow(msgspec.Struct, frozen=True, gc=False):
     """Tokens [start, start + num_tokens) of one request, to run in one step.
 
-    samples: the row reaches the last known token, so its last position yields a new one.
-    num_preemptions: the request's own count when the row was made.
+    samples: the row reaches the last token, so its last position yields a new one.
+    num_preemptions: the request's own count when the row was made. has_pending_token: the row's
+    last token was not known when it was made; a step that was in flight then samples it. Such a
+    row has one token.
     """
 
     request: Request
@@ -31,6 +34,12 @@ class ScheduledRow:
     num_tokens: int
     samples: bool
     num_preemptions: int = 0
+    has_pending_token: bool = False
+
+    @property
+    def output_position(self) -> int:
+        """Which of its request's output tokens the row samples, counted from 0."""
+        return self.start + self.num_tokens - len(self.request.prompt_token_ids)
 
     @property
     def is_stale(self) -> bool:
@@ -59,25 +68,26 @@ class SchedulerOutput:
 
 def make_token_output(
     request: Request,
-    tokens: list[SampledToken],
+    token: SampledToken | None,
     finish_reason: FinishReason | None,
     stop_reason: int | None = None,
     *,
     is_first: bool,
 ) -> TokenOutput:
-    """Report new tokens of a request; the first report carries what is said only once."""
-    logprobs = [token.logprobs for token in tokens if token.logprobs is not None]
-    blocks = [token.blocks for token in tokens if token.blocks is not None]
+    """Report a new token of a request, or its end without one.
+
+    The first report carries what is said only once.
+    """
     has_prompt_logprobs = is_first and request.params.prompt_logprobs is not None
     return TokenOutput(
-        request_id=request.request_id,
-        token_ids=[token.token_id for token in tokens],
-        logprobs=logprobs or None,
-        prompt_logprobs=request.prompt_logprobs if has_prompt_logprobs else None,
-        finish_reason=finish_reason,
-        stop_reason=stop_reason,
-        num_prefix_hit_tokens=request.num_prefix_hit_tokens,
+        request.request_id,
+        [] if token is None else [token.token_id],
+        None if token is None or token.logprobs is None else [token.logprobs],
+        request.prompt_logprobs if has_prompt_logprobs else None,
+        finish_reason,
+        stop_reason,
+        request.num_prefix_hit_tokens,
         queued_s=request.queued_s if is_first else 0.0,
-        blocks=blocks or None,
         num_preemptions=request.num_preemptions,
+        blocks=None if token is None or token.blocks is None else [token.blocks],
     )

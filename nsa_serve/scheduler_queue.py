@@ -12,11 +12,18 @@ Policy = Literal["fcfs", "priority"]
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A request and what only the scheduler knows of it."""
+    """A request and what only the scheduler knows of it.
+
+    max_tokens: its length, prompt and output together, at which it ends at the latest.
+    num_in_flight_tokens: of the rows that are not updated yet. num_pending_tokens: those of these
+    rows that sample, each of which will add a token to the known ones.
+    """
 
     request: Request
     arrival: int
+    max_tokens: int
     num_in_flight_tokens: int = 0
+    num_pending_tokens: int = 0
 
     @property
     def next_start(self) -> int:
@@ -24,9 +31,19 @@ class Entry:
         return self.request.num_computed_tokens + self.num_in_flight_tokens
 
     @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, those included that are yet to be told."""
+        return len(self.request.token_ids) + self.num_pending_tokens
+
+    @property
     def num_remaining(self) -> int:
-        """Known tokens that are in no row yet."""
-        return self.request.num_tokens - self.next_start
+        """Tokens, known or pending, that are in no row yet and have to be."""
+        num_pending = self.num_pending_tokens
+        num_tokens = len(self.request.token_ids) + num_pending
+        if num_pending and num_tokens >= self.max_tokens:
+            # The last token of a request is not run: nothing follows it.
+            return 0
+        return num_tokens - self.request.num_computed_tokens - self.num_in_flight_tokens
 
 
 class WaitingQueue:

@@ -7,6 +7,7 @@ Rmax rows, Pmax pages of the longest request.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import torch
@@ -105,9 +106,9 @@ class DecodeBuffers:
         self._host = [_HostBuffer(shape, device) for _ in range(_NUM_HOST_BUFFERS)]
         self._num_steps = 0
 
-    def pages_of(self, request: Request) -> NDArray[np.int32]:
+    def pages_of(self, request: Request) -> Sequence[int]:
         """Return the pages of a request as an array, which a batch is laid out from faster."""
-        return self._page_rows.get(request)
+        return cast("Sequence[int]", self._page_rows.get(request))
 
     def fill(self, rows: Sequence[ScheduledRow], sources: dict[str, int]) -> list[ScheduledRow]:
         """Send a step of decode rows; return them in the order of the page table's rows.

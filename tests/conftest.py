@@ -31,13 +31,33 @@ _CHECKPOINTS: Mapping[str, Mapping[str, Any]] = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let whoever has no GPU try out the tests of the GPU engine."""
+    parser.addoption(
+        "--engine-device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: run the tests of the GPU engine that can be on the CPU engine, steps overlapped",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none."""
     if torch.cuda.is_available():
         return
+    is_trial = config.getoption("--engine-device") == "cpu"
     for item in items:
+        if is_trial and "engine_device" in getattr(item, "fixturenames", ()):
+            continue
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def engine_device(request: pytest.FixtureRequest) -> str:
+    """Where the tests of the GPU engine run: on "cuda", unless they are only tried out."""
+    device: str = request.config.getoption("--engine-device")
+    return device
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -33,6 +33,7 @@ def make_registry() -> CollectorRegistry:
             num_parameters=1,
             weight_bytes=2,
             max_model_len=64,
+            max_num_seqs=32,
             vocab_size=256,
             page_size=64,
             num_pages=1,

@@ -1,5 +1,6 @@
 """Checks of what callers pass to the public operators."""
 
+import torch
 from torch import Tensor
 
 from nsa_kernels.metadata import BranchKV, LayerCache
@@ -9,6 +10,28 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise ValueError, naming the tensor and both shapes, unless it has the expected shape."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} must have shape {expected}, got {tuple(tensor.shape)}")
+
+
+def check_scales(cache: LayerCache, num_kv_heads: int) -> None:
+    """Raise ValueError unless an FP8 cache has its scales, and any other cache has none."""
+    pages = (cache.k, cache.v, cache.k_cmp, cache.v_cmp)
+    num_fp8 = sum(tensor.dtype == torch.float8_e4m3fn for tensor in pages)
+    scales = (("k_scale", cache.k_scale), ("v_scale", cache.v_scale))
+    num_scales = sum(scale is not None for _, scale in scales)
+    if (num_fp8, num_scales) not in ((0, 0), (4, 2)):
+        raise ValueError(
+            "an FP8 cache has k, v, k_cmp and v_cmp in torch.float8_e4m3fn, with k_scale and "
+            f"v_scale; got {num_fp8} of the four tensors in that dtype and {num_scales} scales"
+        )
+    for name, scale in scales:
+        if scale is not None:
+            check_shape(name, scale, (num_kv_heads,))
+            if scale.dtype != torch.float32:
+                raise ValueError(f"{name} must be torch.float32, got {scale.dtype}")
+    if num_fp8 and cache.k_swa is not None:
+        raise ValueError(
+            "an FP8 cache needs branches that share keys and values; this one has k_swa"
+        )
 
 
 def check_branch_kv(branch_kv: BranchKV | None, cache: LayerCache, k: Tensor, v: Tensor) -> None:

@@ -28,6 +28,10 @@ class LayerCache:
     k_swa, v_swa: [num_swa_pages, H, page_size, D or Dv], pages of the window branch.
     k_tail, v_tail: [num_tail_slots, H, l, D or Dv], the last raw tokens of the compression branch:
     token p of a sequence is entry p % l of its slot.
+
+    k_scale, v_scale: [H] fp32 on the device, of an FP8 (torch.float8_e4m3fn) cache, None of any
+    other. It holds round(clamp(x / scale, -448, 448)), and compressed entries have the scale of
+    the raw ones. Only where the branches share keys and values, and only on a GPU.
     """
 
     k: Tensor
@@ -38,6 +42,8 @@ class LayerCache:
     v_swa: Tensor | None = None
     k_tail: Tensor | None = None
     v_tail: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
     @property
     def page_size(self) -> int:

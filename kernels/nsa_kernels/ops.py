@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_kernels import torch_ops, torch_plan
 from nsa_kernels.block_trace import BlockTrace
-from nsa_kernels.checks import check_branch_kv, check_shape
+from nsa_kernels.checks import check_branch_kv, check_scales, check_shape
 from nsa_kernels.metadata import AttnMetadata, BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
@@ -109,18 +109,22 @@ def nsa_attention(
     branch_kv: keys and values of compression and window where they are not k and v.
     The formula is that of `reference.nsa_attention` (paper, Eq. 5 to 12).
 
-    Raises ValueError when a shape does not fit, or keys and values of a branch are missing.
+    Raises ValueError when a shape does not fit, keys and values of a branch are missing, or the
+    device cannot have the cache's dtype.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, v_head_dim = cache.k.shape[1], cache.v.shape[3]
     check_shape("k", k, (num_tokens, num_kv_heads, head_dim))
     check_shape("v", v, (num_tokens, num_kv_heads, v_head_dim))
     check_branch_kv(branch_kv, cache, k, v)
+    check_scales(cache, num_kv_heads)
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     if isinstance(gates, Tensor):
         check_shape("gates", gates, (num_tokens, num_q_heads, 3))
     if isinstance(plan, TorchPlan):
+        if cache.k_scale is not None:
+            raise ValueError("the CPU has no FP8 cache: use the dtype of the keys, or a GPU")
         if isinstance(gates, Tensor) and sigmoid_gates:
             gates = torch.sigmoid(gates)
         return torch_ops.nsa_attention(

@@ -108,9 +108,11 @@ class RotaryEmbedding:
         max_positions: int,
         *,
         dtype: torch.dtype,
+        device: torch.device | None = None,
     ) -> None:
-        frequency = _inverse_frequencies(head_dim, theta, scaling)
-        angle = torch.arange(max_positions, dtype=torch.float32).unsqueeze(1) * frequency
+        frequency = _inverse_frequencies(head_dim, theta, scaling).to(device)
+        positions = torch.arange(max_positions, dtype=torch.float32, device=device)
+        angle = positions.unsqueeze(1) * frequency
         cos, sin = angle.cos(), angle.sin()
         # The sign of the rotation goes into the sine, so that applying it is roll, mul, addcmul.
         self.cos = torch.cat((cos, cos), dim=-1).to(dtype)

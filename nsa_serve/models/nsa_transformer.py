@@ -1,9 +1,7 @@
 """The decoder that all present families share: Llama's, with NSA in place of attention."""
 
-from collections.abc import MutableMapping
+from typing import TYPE_CHECKING, Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_kernels.ops import (
@@ -11,70 +9,70 @@ from nsa_kernels.ops import (
     AttnPlan,
     BlockTrace,
     Branches,
-    CompressionMLP,
     LayerCache,
     plan_attention,
 )
 from nsa_serve.config import ModelConfig
-from nsa_serve.models.layers import GatedMLP, Linear, RMSNorm, RotaryEmbedding
-from nsa_serve.models.nsa_attention import NSAAttention
+from nsa_serve.models.device_weights import Weights
+from nsa_serve.models.torch_decoder import TorchDecoder
+from nsa_serve.models.weight_shapes import EMBEDDING
 
-Weights = MutableMapping[str, Tensor]
+if TYPE_CHECKING:
+    from nsa_serve.models.triton_decoder import TritonDecoder
 
-
-class DecoderLayer(nn.Module):
-    """Pre-norm attention and MLP around a plain residual stream."""
-
-    def __init__(self, attn_norm: RMSNorm, attn: NSAAttention, mlp_norm: RMSNorm, mlp: GatedMLP):
-        super().__init__()
-        self.attn_norm = attn_norm
-        self.attn = attn
-        self.mlp_norm = mlp_norm
-        self.mlp = mlp
-
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache, plan: AttnPlan
-    ) -> Tensor:
-        """[T, hidden] -> [T, hidden]."""
-        x = self.attn(self.attn_norm(x), x, rotary, cache, plan)
-        result: Tensor = self.mlp(self.mlp_norm(x), x)
-        return result
+Backend = Literal["torch", "triton"]
 
 
 class NSATransformer(nn.Module):
-    """Embedding, decoder layers, final norm and head, in the dtype of the weights.
+    """A decoder in the dtype of its weights, and the plan of its attention.
 
-    weights: canonical names (docs/models.md) to tensors; emptied as they are taken, so that the
-    unfused originals do not stay in memory beside the fused matrices.
+    weights: emptied as they are taken. Backend "torch" wants canonical names (docs/models.md), as
+    `load_weights` gives them, "triton" those of a `WeightLayout`, as of `load_device_weights`.
+    backend: None is triton where the weights are on a GPU, else torch. Triton on a CPU is its
+    interpreter, which is for tests.
     """
 
-    def __init__(self, config: ModelConfig, weights: Weights, *, max_positions: int) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        max_positions: int,
+        backend: Backend | None = None,
+    ) -> None:
         super().__init__()
+        embedding = weights[EMBEDDING]
         self.config = config
-        self.embedding = weights.pop("model.embed_tokens.weight")
-        self.dtype = self.embedding.dtype
-        self.layers = nn.ModuleList(
-            _make_layer(config, weights, f"model.layers.{i}.") for i in range(config.num_layers)
-        )
-        self.norm = RMSNorm(weights.pop("model.norm.weight"), config.rms_norm_eps)
-        head = self.embedding if config.tie_word_embeddings else weights.pop("lm_head.weight")
-        self.lm_head = Linear(head)
-        self.rotary = RotaryEmbedding(
-            config.head_dim, config.rope_theta, config.rope_scaling, max_positions, dtype=self.dtype
-        )
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.backend = backend or ("triton" if self.device.type == "cuda" else "torch")
+        make_decoder = _triton_decoder if self.backend == "triton" else TorchDecoder
+        self.decoder = make_decoder(config, weights, max_positions=max_positions)
         self.branches = used_branches(config)
         if weights:
             raise AssertionError(f"weights were checked but not used: {sorted(weights)[:3]}")
 
     def plan(self, meta: AttnMetadata, trace: BlockTrace | None = None) -> AttnPlan:
         """Plan one step's attention; the plan holds for every layer, and `trace` records."""
+        if self.backend == "triton" and self.device.type == "cpu":
+            from nsa_kernels.gpu import plan as gpu_plan
+
+            return gpu_plan.plan_attention(
+                meta,
+                self.config.nsa,
+                num_q_heads=self.config.num_q_heads,
+                num_kv_heads=self.config.num_kv_heads,
+                dtype=self.dtype,
+                device=self.device,
+                branches=self.branches,
+            )
         return plan_attention(
             meta,
             self.config.nsa,
             num_q_heads=self.config.num_q_heads,
             num_kv_heads=self.config.num_kv_heads,
             dtype=self.dtype,
-            device=self.embedding.device,
+            device=self.device,
             branches=self.branches,
             trace=trace,
         )
@@ -82,17 +80,18 @@ class NSATransformer(nn.Module):
     def forward(
         self, input_ids: Tensor, positions: Tensor, plan: AttnPlan, caches: list[LayerCache]
     ) -> Tensor:
-        """Run T tokens through all layers: hidden states [T, hidden] before the final norm."""
-        x = F.embedding(input_ids, self.embedding)
-        rotary = self.rotary.at(positions)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer(x, rotary, cache, plan)
-        return x
+        """Run T tokens through all layers: hidden states [T, hidden] before the final norm.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab_size] fp32."""
-        result: Tensor = self.lm_head(self.norm(hidden)).float()
-        return result
+        input_ids, positions: [T] int64 on the model's device; on a GPU positions may be int32.
+        Nothing here waits for a GPU, and a step of decode rows can be captured in a CUDA graph.
+        """
+        hidden: Tensor = self.decoder(input_ids, positions, plan, caches)
+        return hidden
+
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[R, hidden] -> [R, vocab_size] fp32, written to `out` if that is given."""
+        result: Tensor = self.decoder.logits(hidden)
+        return result if out is None else out.copy_(result)
 
 
 def used_branches(config: ModelConfig) -> Branches:
@@ -104,49 +103,10 @@ def used_branches(config: ModelConfig) -> Branches:
     return Branches(cmp=cmp, slc=slc, swa=swa and nsa.window_size > 0)
 
 
-def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLayer:
-    attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    parts = [attn + "q_proj", attn + "k_proj", attn + "v_proj"]
-    if config.nsa.gate == "linear":
-        parts.append(attn + "g_proj")
-    compression = None
-    if config.nsa.compression == "mlp":
-        compression = (
-            _make_compression(weights, attn + "cmp_k."),
-            _make_compression(weights, attn + "cmp_v."),
-        )
-    eps = config.rms_norm_eps
-    return DecoderLayer(
-        RMSNorm(weights.pop(prefix + "input_layernorm.weight"), eps),
-        NSAAttention(
-            config,
-            _fused_linear(weights, parts),
-            _fused_linear(weights, [attn + "o_proj"]),
-            compression,
-        ),
-        RMSNorm(weights.pop(prefix + "post_attention_layernorm.weight"), eps),
-        GatedMLP(
-            _fused_linear(weights, [mlp + "gate_proj"]),
-            _fused_linear(weights, [mlp + "up_proj"]),
-            _fused_linear(weights, [mlp + "down_proj"]),
-        ),
-    )
+def _triton_decoder(
+    config: ModelConfig, weights: Weights, *, max_positions: int
+) -> "TritonDecoder":
+    # Imported here, so that a machine without a GPU never needs Triton.
+    from nsa_serve.models.triton_decoder import TritonDecoder
 
-
-def _fused_linear(weights: Weights, names: list[str]) -> Linear:
-    """Stack projections of one input; where only some have a bias, the others get zeros."""
-    matrices = [weights.pop(name + ".weight") for name in names]
-    biases = [weights.pop(name + ".bias", None) for name in names]
-    bias = None
-    if any(b is not None for b in biases):
-        filled = [
-            matrix.new_zeros(matrix.shape[0]) if b is None else b
-            for matrix, b in zip(matrices, biases, strict=True)
-        ]
-        bias = torch.cat(filled)
-    return Linear(matrices[0] if len(matrices) == 1 else torch.cat(matrices), bias)
-
-
-def _make_compression(weights: Weights, prefix: str) -> CompressionMLP:
-    names = ("pos", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-    return CompressionMLP(*(weights.pop(prefix + name) for name in names))
+    return TritonDecoder(config, weights, max_positions=max_positions)

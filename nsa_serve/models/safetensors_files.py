@@ -1,8 +1,9 @@
-"""The safetensors files of a folder and the shapes in their headers. No tensor is read, no torch.
+"""The safetensors files of a folder and what their headers say. No tensor is read, no torch.
 
 Only safetensors are ever opened: a .bin or .pt file is a pickle, and a pickle is code.
 """
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,17 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, slots=True)
 class StoredWeight:
-    """Where one weight lies and what the header says of it."""
+    """Where one weight lies and what the header says of it.
+
+    dtype: as the header spells it. offset: of its first byte in the file; the bytes are in order,
+    little-endian.
+    """
 
     path: Path
     shape: tuple[int, ...]
     num_bytes: int
+    dtype: str
+    offset: int
 
 
 def has_safetensors(folder: Path) -> bool:
@@ -42,18 +49,35 @@ def read_weight_index(folder: Path) -> dict[str, StoredWeight]:
     index: dict[str, StoredWeight] = {}
     for path in _weight_files(folder):
         try:
+            # It checks the whole header: ranges inside the file, gapless, of the right size.
             with safe_open(path, framework="numpy") as file:
+                offsets = _offsets(path)
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     if name in index:
                         raise ModelError(f"{name} is in {index[name].path.name} and in {path.name}")
                     view = file.get_slice(name)
-                    index[name] = _stored(path, name, view.get_shape(), view.get_dtype())
-        except (SafetensorError, OSError) as error:
+                    shape, dtype = view.get_shape(), view.get_dtype()
+                    index[name] = _stored(path, name, shape, dtype, offset=offsets[name])
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise ModelError(f"cannot read {path}: {error}") from None
     return index
 
 
-def _stored(path: Path, name: str, shape: Iterable[int], dtype: str) -> StoredWeight:
+def _offsets(path: Path) -> dict[str, int]:
+    """Return where each weight begins in a file whose header is known to be sound."""
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(header_bytes))
+    return {
+        name: 8 + header_bytes + item["data_offsets"][0]
+        for name, item in header.items()
+        if name != "__metadata__"
+    }
+
+
+def _stored(
+    path: Path, name: str, shape: Iterable[int], dtype: str, *, offset: int
+) -> StoredWeight:
     if dtype not in _BYTES:
         raise ModelError(
             f"{name} in {path.name} has dtype {dtype}; expected one of {', '.join(_BYTES)} "
@@ -63,7 +87,7 @@ def _stored(path: Path, name: str, shape: Iterable[int], dtype: str) -> StoredWe
     num_bytes = _BYTES[dtype]
     for size in sizes:
         num_bytes *= size
-    return StoredWeight(path, sizes, num_bytes)
+    return StoredWeight(path, sizes, num_bytes, dtype, offset)
 
 
 def _weight_files(folder: Path) -> list[Path]:

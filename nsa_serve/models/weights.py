@@ -4,7 +4,7 @@ Canonical names are Llama's, and those of the native format (docs/models.md). Le
 and KV heads, D head_dim, Dv v_head_dim, l cmp_len.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,35 +17,21 @@ from nsa_serve.config import ModelConfig
 from nsa_serve.errors import ModelError
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.dequantize import dequantize
+from nsa_serve.models.device_weights import DeviceWeights
+from nsa_serve.models.dummy_weights import dummy_weights, fill_with_dummies
 from nsa_serve.models.families import checkpoint_name
+from nsa_serve.models.fp8 import check_fp8
 from nsa_serve.models.gguf_tensors import GGUFTensor, read_gguf_tensors
 from nsa_serve.models.safetensors_files import StoredWeight, read_weight_index
+from nsa_serve.models.weight_layout import Quantization, layout_bytes, weight_layout
+from nsa_serve.models.weight_shapes import EMBEDDING, LM_HEAD
+from nsa_serve.models.weight_shapes import expected_weights as expected_weights
+from nsa_serve.models.weight_stream import stream_weights
 
 MAX_NAMES = 10
 """Names of one kind of problem that an error lists before it only counts."""
 
 OnProgress = Callable[[int, int], None]
-
-_EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
-
-
-def expected_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the canonical name and shape of every weight that a model of this config has."""
-    hidden = config.hidden_size
-    weights: dict[str, tuple[int, ...]] = {_EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        weights[prefix + "input_layernorm.weight"] = (hidden,)
-        for name, shape in _attention_weights(config).items():
-            weights[f"{prefix}self_attn.{name}"] = shape
-        weights[prefix + "post_attention_layernorm.weight"] = (hidden,)
-        for name, shape in _mlp_weights(config).items():
-            weights[f"{prefix}mlp.{name}"] = shape
-    weights["model.norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        weights[_LM_HEAD] = (config.vocab_size, hidden)
-    return weights
 
 
 def load_weights(
@@ -53,27 +39,69 @@ def load_weights(
     config: ModelConfig,
     dtype: torch.dtype,
     *,
+    is_dummy: bool = False,
     on_progress: OnProgress | None = None,
 ) -> dict[str, torch.Tensor]:
     """Load every weight of `expected_weights`, converted to `dtype`, on the CPU.
 
     Headers are compared before any tensor is read. `on_progress(done, total)` counts bytes of the
-    checkpoint. Memory beyond the result is about one tensor.
+    checkpoint. Memory beyond the result is about one tensor. is_dummy: random weights instead, and
+    no file is read.
 
     Raises ModelError that names the missing, unexpected and mis-shaped weights (the first ten of
     each kind), or the file that is missing or damaged.
     """
-    names = {checkpoint_name(source, config, name): name for name in expected_weights(config)}
+    if is_dummy:
+        return dummy_weights(config, dtype)
     if source.gguf is not None:
-        tensors = read_gguf_tensors(source.gguf)
-        _check_names(config, names, {name: item.shape for name, item in tensors.items()})
+        tensors, names = _checked_gguf(source.gguf, source, config)
         with _one_thread():
             return _collect(_gguf_stream(source.gguf, config, tensors, names, dtype), on_progress)
-    assert source.folder is not None, "a source has a folder or a GGUF file"
-    index = read_weight_index(source.folder)
-    _check_names(config, names, {name: item.shape for name, item in index.items()})
-    _check_tied(config, names, index)
+    index, names = _checked_index(source, config)
     return _collect(_safetensors_stream(index, names, dtype), on_progress)
+
+
+def weight_bytes(
+    config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None = None
+) -> int:
+    """Return the bytes that the weights of a model take on a device, as they lie there."""
+    return layout_bytes(weight_layout(config, quantization), dtype.itemsize)
+
+
+def load_device_weights(
+    source: ModelSource,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    *,
+    device: torch.device,
+    quantization: Quantization | None = None,
+    is_dummy: bool = False,
+    on_progress: OnProgress | None = None,
+) -> dict[str, torch.Tensor]:
+    """Load every weight into the tensors of `weight_layout` on a device, converted to `dtype`.
+
+    Safetensors are read by several threads straight into the final tensors; host memory is a few
+    staging buffers. is_dummy: random weights, and no file is read.
+
+    Raises what `load_weights` raises, and ConfigError where `quantization` cannot work.
+    """
+    if quantization == "fp8":
+        check_fp8(device, dtype)
+    target = DeviceWeights(weight_layout(config, quantization), dtype, device)
+    if is_dummy:
+        fill_with_dummies(target, config, on_progress)
+    elif source.gguf is not None:
+        tensors, names = _checked_gguf(source.gguf, source, config)
+        with _one_thread():
+            for item in _gguf_stream(source.gguf, config, tensors, names, dtype):
+                target.write_whole(item.name, item.tensor)
+                if on_progress is not None:
+                    on_progress(item.done, item.total)
+    else:
+        index, names = _checked_index(source, config)
+        wanted = {names[name]: item for name, item in index.items() if name in names}
+        stream_weights(wanted, target, on_progress)
+    return target.finish()
 
 
 @contextmanager
@@ -91,49 +119,30 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _attention_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, nsa = config.hidden_size, config.nsa
-    q_size, o_size = (config.num_q_heads * dim for dim in (config.head_dim, config.v_head_dim))
-    k_size, v_size = (config.num_kv_heads * dim for dim in (config.head_dim, config.v_head_dim))
-    projections = [
-        ("q_proj", q_size, hidden, config.attention_bias),
-        ("k_proj", k_size, hidden, config.attention_bias),
-        ("v_proj", v_size, hidden, config.attention_bias),
-        ("o_proj", hidden, o_size, config.attention_out_bias),
-    ]
-    if nsa.gate == "linear":
-        # Rows are (head, branch), branch fastest, in the order cmp, slc, swa.
-        projections.append(("g_proj", 3 * config.num_q_heads, hidden, nsa.gate_bias))
-    weights = _linears(projections)
-    if nsa.compression == "mlp":
-        for name, dim in (("cmp_k", config.head_dim), ("cmp_v", config.v_head_dim)):
-            weights[f"{name}.pos"] = (nsa.cmp_len, dim)
-            layers = (
-                (f"{name}.fc1", nsa.cmp_hidden_size, nsa.cmp_len * dim, True),
-                (f"{name}.fc2", dim, nsa.cmp_hidden_size, True),
-            )
-            weights.update(_linears(layers))
-    return weights
+def _checked_gguf(
+    path: Path, source: ModelSource, config: ModelConfig
+) -> tuple[dict[str, GGUFTensor], dict[str, str]]:
+    """Return a GGUF's tensors by its names, and canonical names by those; all are as expected."""
+    names = _canonical_names(source, config)
+    tensors = read_gguf_tensors(path)
+    _check_names(config, names, {name: item.shape for name, item in tensors.items()})
+    return tensors, names
 
 
-def _mlp_weights(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    hidden, width, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-    return _linears(
-        (
-            ("gate_proj", width, hidden, bias),
-            ("up_proj", width, hidden, bias),
-            ("down_proj", hidden, width, bias),
-        )
-    )
+def _checked_index(
+    source: ModelSource, config: ModelConfig
+) -> tuple[dict[str, StoredWeight], dict[str, str]]:
+    """Return a folder's weights by its names, and canonical names by those; all are as expected."""
+    assert source.folder is not None, "a source has a folder or a GGUF file"
+    names = _canonical_names(source, config)
+    index = read_weight_index(source.folder)
+    _check_names(config, names, {name: item.shape for name, item in index.items()})
+    _check_tied(config, names, index)
+    return index, names
 
 
-def _linears(layers: Iterable[tuple[str, int, int, bool]]) -> dict[str, tuple[int, ...]]:
-    weights: dict[str, tuple[int, ...]] = {}
-    for name, rows, columns, has_bias in layers:
-        weights[f"{name}.weight"] = (rows, columns)
-        if has_bias:
-            weights[f"{name}.bias"] = (rows,)
-    return weights
+def _canonical_names(source: ModelSource, config: ModelConfig) -> dict[str, str]:
+    return {checkpoint_name(source, config, name): name for name in expected_weights(config)}
 
 
 def _check_names(
@@ -166,24 +175,24 @@ def _is_known(name: str, config: ModelConfig) -> bool:
     by `_check_tied`."""
     if name.endswith(("rotary_emb.inv_freq", "rotary.inv_freq")):
         return True
-    return name == _LM_HEAD and config.tie_word_embeddings
+    return name == LM_HEAD and config.tie_word_embeddings
 
 
 def _check_tied(
     config: ModelConfig, names: Mapping[str, str], index: Mapping[str, StoredWeight]
 ) -> None:
     """A stored lm_head of a tied model must be the embedding, or one of the two is wrong."""
-    if not config.tie_word_embeddings or _LM_HEAD not in index:
+    if not config.tie_word_embeddings or LM_HEAD not in index:
         return
-    stored = next(name for name, canonical in names.items() if canonical == _EMBEDDING)
+    stored = next(name for name, canonical in names.items() if canonical == EMBEDDING)
     pair = []
-    for name in (stored, _LM_HEAD):
+    for name in (stored, LM_HEAD):
         with safe_open(index[name].path, framework="pt") as file:
             pair.append(file.get_tensor(name))
     if not torch.equal(*pair):
         raise ModelError(
-            f"{_LM_HEAD} differs from {stored}, but tie_word_embeddings is true; set it to false "
-            f"in config.json, or remove {_LM_HEAD}"
+            f"{LM_HEAD} differs from {stored}, but tie_word_embeddings is true; set it to false "
+            f"in config.json, or remove {LM_HEAD}"
         )
 
 

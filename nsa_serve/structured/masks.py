@@ -16,7 +16,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher
 from numpy.typing import NDArray
 
-from nsa_serve.request import Request, StructuredOutput
+from nsa_serve.request import Request, RequestStatus, StructuredOutput
 from nsa_serve.structured.matcher import GrammarError, Vocabulary, check_matcher
 
 _MAX_CACHED_GRAMMARS = 32
@@ -97,7 +97,13 @@ class GrammarMasks:
 
     def start(self, requests: Sequence[Request]) -> "Future[StepMasks] | None":
         """Begin the masks of a step that samples for `requests`; None when none has a grammar."""
-        rows = [row for row, request in enumerate(requests) if request.matcher is not None]
+        # One that ended since its row was scheduled has no use for a mask, and may have no next
+        # token either: its grammar may be at its end.
+        rows = [
+            row
+            for row, request in enumerate(requests)
+            if request.matcher is not None and request.status is not RequestStatus.FINISHED
+        ]
         if not rows:
             return None
         return self._masking.submit(self._compute, rows, [requests[row] for row in rows])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn, get_args, get_origin
 
 import yaml
+from annotated_types import Le
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
@@ -21,6 +22,7 @@ from nsa_http.config import (
     choices,
     did_you_mean,
     is_list,
+    is_switch,
     make_settings,
 )
 from nsa_http.logs import configure_logging
@@ -117,7 +119,7 @@ def _add_serve_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _flag_options(field: FieldInfo) -> dict[str, Any]:
     options: dict[str, Any] = {"help": _help(field)}
-    if field.annotation is bool:
+    if is_switch(field):
         return {**options, "action": argparse.BooleanOptionalAction}
     if is_list(field):
         return {**options, "nargs": "+", "metavar": "VALUE"}
@@ -132,7 +134,10 @@ def _type_name(field: FieldInfo) -> str:
     reads_text = any(isinstance(item, BeforeValidator) for item in field.metadata)
     if reads_text or get_origin(kind) is Annotated:
         return "SIZE"
-    return "N" if kind is int else "SECONDS" if kind is float else "TEXT"
+    if kind is float:
+        is_share = any(isinstance(item, Le) for item in field.metadata)
+        return "SHARE" if is_share else "SECONDS"
+    return "N" if kind is int else "TEXT"
 
 
 def _help(field: FieldInfo) -> str:

@@ -189,8 +189,16 @@ def is_list(field: FieldInfo) -> bool:
 
 
 def choices(field: FieldInfo) -> tuple[str, ...]:
-    """The values a Literal setting allows; empty for any other."""
-    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    """The values a Literal setting allows, None aside; empty for any other."""
+    for kind in (field.annotation, *get_args(field.annotation)):
+        if get_origin(kind) is Literal:
+            return get_args(kind)
+    return ()
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """True when a setting is on or off, or decided by the engine when it is neither."""
+    return field.annotation in (bool, bool | None)
 
 
 def make_settings(flags: Mapping[str, Any], config_file: str | None) -> Settings:

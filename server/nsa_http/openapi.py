@@ -183,6 +183,7 @@ class ServerInfo(BaseModel):
     versions: dict[str, str]
     model: dict[str, Any] | None
     cache: dict[str, Any] | None
+    memory: dict[str, Any] | None
     startup_s: dict[str, float] | None
 
 

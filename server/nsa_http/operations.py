@@ -4,6 +4,7 @@ import importlib.metadata
 import platform
 from typing import Any
 
+import msgspec
 import orjson
 from fastapi import FastAPI
 from starlette.responses import Response
@@ -79,6 +80,7 @@ def describe_server(state: ServerState) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_package_versions()},
         "model": None,
         "cache": None,
+        "memory": None,
         "startup_s": None,
     }
     if state.engine is not None:
@@ -89,15 +91,18 @@ def describe_server(state: ServerState) -> dict[str, Any]:
             "device": info.device,
             "num_parameters": info.num_parameters,
             "weight_bytes": info.weight_bytes,
+            "quantization": info.quantization,
             "vocab_size": info.vocab_size,
             "max_model_len": info.max_model_len,
             "sampling_defaults": state.sampling_defaults,
         }
         content["cache"] = {
+            "dtype": info.cache_dtype or info.dtype,
             "page_size": info.page_size,
             "num_pages": info.num_pages,
             "components": {part.name: part.total_bytes for part in info.cache},
         }
+        content["memory"] = None if info.memory is None else msgspec.to_builtins(info.memory)
         content["startup_s"] = info.phase_s
     return content
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nsa_serve.messages import EngineInfo, LoadProgress
+from nsa_serve.messages import DeviceMemory, EngineInfo, LoadProgress
 
 _logger = logging.getLogger(__name__)
 
@@ -43,7 +43,10 @@ class ProgressBar:
         if sys.stderr.isatty():
             if self._bar is None:
                 self._bar = tqdm(
-                    total=progress.total, desc=progress.phase, unit="B", unit_scale=True
+                    total=progress.total,
+                    desc=progress.phase,
+                    unit="B" if progress.phase == "weights" else "",
+                    unit_scale=True,
                 )
             self._bar.update(progress.done - self._bar.n)
             return
@@ -72,10 +75,12 @@ def describe_engine(info: EngineInfo) -> list[str]:
     num_tokens = info.num_pages * info.page_size
     lines = [
         f"model     {info.family}, {info.num_parameters / 1e6:,.1f} M parameters, {info.dtype} "
-        f"on {info.device}",
-        f"weights   {_size(info.weight_bytes)}",
+        f"on {info.device if info.memory is None else info.memory.name}",
+        f"weights   {_size(info.weight_bytes)}"
+        + (f", {info.quantization}" if info.quantization else ""),
+        *(_describe_memory(info.memory) if info.memory is not None else ()),
         f"cache     {_size(sum(part.total_bytes for part in info.cache))}: {info.num_pages:,} "
-        f"pages of {info.page_size} tokens = {num_tokens:,} tokens",
+        f"pages of {info.page_size} tokens = {num_tokens:,} tokens{_cache_dtype(info)}",
     ]
     lines += [
         f"  {part.name:<11} {part.bytes_per_token:>9,.0f} bytes per token  "
@@ -90,6 +95,21 @@ def describe_engine(info: EngineInfo) -> list[str]:
     phases = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in info.phase_s.items())
     lines.append(f"start     {phases}")
     return lines
+
+
+def _describe_memory(memory: DeviceMemory) -> list[str]:
+    """Return the lines of what a GPU holds beside weights and pages."""
+    lines = [f"step      {_size(memory.activation_bytes)} for activations and buffers"]
+    if memory.num_graphs:
+        lines.append(
+            f"graphs    {_size(memory.graph_bytes)}: {memory.num_graphs} CUDA graphs, captured in "
+            f"{memory.capture_s:.2f} s"
+        )
+    return [
+        *lines,
+        f"other     {_size(memory.other_bytes)} of the GPU's {_size(memory.total_bytes)}: the "
+        "driver, kernels, other processes",
+    ]
 
 
 def log_ready(
@@ -116,6 +136,10 @@ def log_ready(
         key,
         model,
     )
+
+
+def _cache_dtype(info: EngineInfo) -> str:
+    return "" if info.cache_dtype in ("", info.dtype) else f", {info.cache_dtype}"
 
 
 def _lengths(max_model_len: int) -> list[int]:

@@ -46,8 +46,8 @@ class Result:
 
 def make_engine(model: Path | str, *, dtype: torch.dtype = torch.float32, **options: Any) -> Engine:
     """Load a checkpoint on one thread; float64, which users cannot choose, tells rounding apart."""
-    values = {"model": str(model), "num_threads": 1, **options}
-    with mock.patch("nsa_serve.engine.run_dtype", lambda _: dtype):
+    values = {"model": str(model), "num_threads": 1, "device": "cpu", **options}
+    with mock.patch("nsa_serve.engine_setup.run_dtype", lambda *_: dtype):
         return Engine(make_config(EngineConfig, values))
 
 

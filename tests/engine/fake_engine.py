@@ -32,6 +32,7 @@ INFO = EngineInfo(
     num_parameters=1,
     weight_bytes=4,
     max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=32,
     vocab_size=VOCAB_SIZE,
     page_size=16,
     num_pages=100,
@@ -53,6 +54,10 @@ class FakeEngine:
     @property
     def has_unfinished(self) -> bool:
         return bool(self._requests)
+
+    @property
+    def has_step_in_flight(self) -> bool:
+        return False
 
     @property
     def stats(self) -> EngineStats:

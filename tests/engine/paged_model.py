@@ -16,11 +16,14 @@ class PagedModel:
     """A stand-in for the model: its next token is a checksum of the history that the pages hold.
 
     A page shared, freed or overwritten wrongly changes what a row reads back, hence its token.
+    A step is run when it is scheduled, as on a device whose stream runs behind the host; a pending
+    token is what the model itself sampled for that position.
     """
 
     def __init__(self, page_size: int) -> None:
         self.page_size = page_size
         self.slots: dict[int, int] = {}  # page * page_size + offset -> token id
+        self.sampled: dict[tuple[int, int], int] = {}  # id(request), position -> token id
 
     def slot(self, request: Request, position: int) -> int:
         page = request.pages[position // self.page_size]
@@ -32,12 +35,21 @@ class PagedModel:
         for row in output.rows:
             for position in range(row.start, row.start + row.num_tokens):
                 slot = self.slot(row.request, position)
-                self.slots[slot] = row.request.token_ids[position]
-        return {
-            row.request.request_id: SampledToken(self._next_token(row))
-            for row in output.rows
-            if row.samples
-        }
+                self.slots[slot] = self._token(row, position)
+        tokens = {}
+        for row in output.rows:
+            if row.samples:
+                token_id = self._next_token(row)
+                self.sampled[id(row.request), row.start + row.num_tokens] = token_id
+                tokens[row.request.request_id] = SampledToken(token_id)
+        return tokens
+
+    def _token(self, row: ScheduledRow, position: int) -> int:
+        token_ids = row.request.token_ids
+        if position < len(token_ids):
+            return token_ids[position]
+        assert row.has_pending_token and position == row.start
+        return self.sampled[id(row.request), position]
 
     def _next_token(self, row: ScheduledRow) -> int:
         positions = range(row.start + row.num_tokens)

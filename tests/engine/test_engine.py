@@ -12,7 +12,8 @@ from nsa_kernels.spec import NSASpec
 from nsa_serve import memory
 from nsa_serve.batch import build_batch
 from nsa_serve.config import EngineConfig
-from nsa_serve.engine import Engine, run_dtype, size_cache
+from nsa_serve.engine import Engine
+from nsa_serve.engine_setup import run_dtype, size_cache
 from nsa_serve.errors import CapacityError, ConfigError, ModelError, RequestError
 from nsa_serve.kv_cache import KVCache, bytes_per_page, bytes_per_token, num_pages_for
 from nsa_serve.model_source import ModelSource
@@ -77,13 +78,13 @@ def test_without_page_memory_a_share_of_what_is_free_is_taken(
     settings = EngineConfig(model=str(folder), max_num_seqs=2)
     weight_bytes = 4 * sum(math.prod(shape) for shape in expected_weights(config).values())
     free = weight_bytes + 4 * 9 * PAGE_BYTES + 1
-    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: free)
+    monkeypatch.setattr("nsa_serve.engine_setup.available_bytes", lambda: free)
     assert size_cache(settings, config, torch.float32, 1024) == 9
-    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: weight_bytes)
+    monkeypatch.setattr("nsa_serve.engine_setup.available_bytes", lambda: weight_bytes)
     with pytest.raises(CapacityError, match=f"the weights need {weight_bytes} bytes in"):
         size_cache(settings, config, torch.float32, 1024)
     # No more than two requests of 1024 tokens can use, and the null page.
-    monkeypatch.setattr("nsa_serve.engine.available_bytes", lambda: 2**40)
+    monkeypatch.setattr("nsa_serve.engine_setup.available_bytes", lambda: 2**40)
     assert size_cache(settings, config, torch.float32, 1024) == 2 * 64 + 1
 
 
@@ -244,7 +245,8 @@ def test_memory_that_the_system_does_not_tell_is_an_error(
 
 
 def test_dtypes() -> None:
-    assert run_dtype(EngineConfig(dtype="float32")) is torch.float32
-    assert run_dtype(EngineConfig(dtype="bfloat16")) is torch.bfloat16
+    cpu = torch.device("cpu")
+    assert run_dtype(EngineConfig(dtype="float32"), cpu) is torch.float32
+    assert run_dtype(EngineConfig(dtype="bfloat16"), cpu) is torch.bfloat16
     has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    assert run_dtype(EngineConfig()) is (torch.bfloat16 if has_bf16 else torch.float32)
+    assert run_dtype(EngineConfig(), cpu) is (torch.bfloat16 if has_bf16 else torch.float32)

@@ -1,4 +1,7 @@
-"""Random sequences of add, abort and step on a real engine: no page leaks, no token changes."""
+"""Random sequences of add, abort and step on a real engine: no page leaks, no token changes.
+
+With every step finished at once, and with a step in flight.
+"""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -85,8 +88,8 @@ def uncontended(request: pytest.FixtureRequest, checkpoints: Mapping[str, Path])
     return Uncontended(checkpoints[request.param])
 
 
-@pytest.fixture(scope="module")
-def engine(uncontended: Uncontended) -> Iterator[Engine]:
+@pytest.fixture(scope="module", params=[False, True], ids=["finished", "overlapped"])
+def engine(uncontended: Uncontended, request: pytest.FixtureRequest) -> Iterator[Engine]:
     """Six pages of 16 tokens for requests that want up to six each: contention is the rule."""
     info = uncontended._engine.info
     page_bytes = sum(part.total_bytes for part in info.cache) // info.num_pages
@@ -96,6 +99,7 @@ def engine(uncontended: Uncontended) -> Iterator[Engine]:
         max_num_seqs=4,
         max_num_batched_tokens=29,
         scheduling_policy="priority",
+        async_scheduling=request.param,
     )
 
 

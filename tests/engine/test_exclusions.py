@@ -21,6 +21,7 @@ INFO = EngineInfo(
     num_parameters=1,
     weight_bytes=4,
     max_model_len=100,
+    max_num_seqs=32,
     vocab_size=VOCAB_SIZE,
     page_size=16,
     num_pages=10,

@@ -1,11 +1,12 @@
 """Metrics: exact counts after serial requests, counters by difference, closed label sets."""
 
+import msgspec
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from nsa_serve.cache_reads import CacheReads
-from nsa_serve.messages import CacheComponent, EngineInfo, EngineStats
+from nsa_serve.messages import CacheComponent, DeviceMemory, EngineInfo, EngineStats
 from nsa_serve.metrics import Metrics
 from nsa_serve.request import FinishReason
 from nsa_serve.request_timer import RequestTimer
@@ -17,6 +18,7 @@ INFO = EngineInfo(
     num_parameters=1,
     weight_bytes=4,
     max_model_len=111,
+    max_num_seqs=32,
     vocab_size=300,
     page_size=64,
     num_pages=37,
@@ -159,6 +161,27 @@ def test_cache_reads_are_counted_once_a_step(metrics: Metrics) -> None:
     assert sample(metrics, "nsa_visible_blocks_total", phase="prefill") == 60
     assert sample(metrics, "nsa_step_selected_blocks_count") == 2
     assert sample(metrics, "nsa_step_selected_blocks_sum") == 60
+
+
+def test_the_memory_of_a_gpu_is_there_where_there_is_one() -> None:
+    memory = DeviceMemory(
+        name="a GPU",
+        total_bytes=100,
+        other_bytes=1,
+        weight_bytes=20,
+        activation_bytes=3,
+        graph_bytes=4,
+        num_graphs=5,
+        capture_s=0.5,
+    )
+    for info in (INFO, msgspec.structs.replace(INFO, memory=memory)):
+        metrics = Metrics("tiny")
+        metrics.on_engine_ready(info)
+        text = metrics.render().decode()
+        assert ("gpu_memory_bytes" in text) == (info.memory is not None)
+    for name, size in memory.parts():
+        labels = f'engine="0",model_name="tiny",part="{name}"'
+        assert f"nsa_serve:gpu_memory_bytes{{{labels}}} {size:.1f}" in text
 
 
 def test_graph_replays_exist_where_graphs_do(metrics: Metrics) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nsa_serve.errors import RequestError
+from nsa_serve.errors import ConfigError, RequestError
 from nsa_serve.request import (
     FinishReason,
     RequestStatus,
@@ -303,16 +303,11 @@ def test_second_chunk_of_a_step_closes_a_page_or_waits() -> None:
 
 
 def test_decode_rows_beyond_the_budget_take_turns() -> None:
-    harness = Harness(max_num_batched_tokens=2)
-    # With steps outstanding, four requests start before any of them decodes.
-    late = []
+    harness = Harness(max_num_batched_tokens=4)
     for i in range(4):
         harness.add(str(i), 1, max_tokens=6)
-        if i % 2:
-            output = harness.schedule()
-            late.append((output, harness.model.run(output)))
-    for output, sampled in late:
-        harness.update(output, sampled)
+    harness.step()
+    harness.scheduler.max_num_batched_tokens = 2
     served = []
     for _ in range(6):
         output = harness.step()
@@ -772,36 +767,110 @@ def test_fail_ends_one_request_with_its_message() -> None:
 def test_outstanding_tokens_are_not_scheduled_twice() -> None:
     harness = Harness(max_num_batched_tokens=8)
     a = harness.add("a", 13, max_tokens=3)
-    first, second, third = (harness.schedule() for _ in range(3))
-    assert rows_of(first) == [("a", 0, 8)]
-    assert rows_of(second) == [("a", 8, 5)]
-    assert rows_of(third) == []
-    for output in (first, second, third):
+    steps = [harness.schedule() for _ in range(5)]
+    # Pending tokens are run before they are known; the last one, which ends the request, never.
+    assert [rows_of(step) for step in steps] == [
+        [("a", 0, 8)],
+        [("a", 8, 5)],
+        [("a", 13, 1)],
+        [("a", 14, 1)],
+        [],
+    ]
+    rows = [step.rows[0] for step in steps[:4]]
+    assert [row.samples for row in rows] == [False, True, True, True]
+    assert [row.has_pending_token for row in rows] == [False, False, True, True]
+    assert [row.output_position for row in rows[1:]] == [0, 1, 2]
+    for output in steps:
         harness.update(output, harness.model.run(output))
     harness.drain()
     assert a.output_token_ids == generate_alone(a)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 2, 3, 30])
+@pytest.mark.parametrize("num_pages", [3, 50])
+def test_no_row_goes_beyond_an_end_by_length(num_pages: int, max_tokens: int | None) -> None:
+    harness = Harness(num_pages=num_pages, max_model_len=13)
+    a = harness.add("a", 9, max_tokens=max_tokens)
+    rows, previous = [], None
+    while harness.scheduler.has_unfinished:
+        output = harness.schedule()
+        launched = output, harness.model.run(output)
+        rows += rows_of(output)
+        if previous is not None:
+            harness.update(*previous)
+        previous = launched
+    num_outputs = min(max_tokens or 30, (12 if num_pages == 3 else 13) - 9)
+    assert rows == [("a", 0, 9), *(("a", 9 + i, 1) for i in range(num_outputs - 1))]
+    assert a.num_output_tokens == num_outputs
+    assert harness.finish_reasons() == {"a": FinishReason.LENGTH}
+
+
+def test_a_prompt_without_output_ends_with_its_last_chunk_however_late_the_first() -> None:
+    harness = Harness(max_num_batched_tokens=4)
+    harness.add("a", 10, max_tokens=0)
+    steps = [harness.schedule() for _ in range(3)]
+    for output in steps:
+        assert not harness.outputs
+        harness.update(output, harness.model.run(output))
+    assert harness.finish_reasons() == {"a": FinishReason.LENGTH}
+
+
+def test_a_row_behind_the_end_of_its_request_is_dropped() -> None:
+    """EOS is sampled while the next row runs: its pages are free, and its token is nobody's."""
+    harness = Harness(eos_token_ids=(7,))
+    a, b = harness.add("a", 7), harness.add("b", 7)
+    first = harness.schedule()
+    harness.model.run(first)
+    second = harness.schedule()
+    assert rows_of(second) == [("a", 7, 1), ("b", 7, 1)]
+    harness.update(first, {"a": SampledToken(7), "b": SampledToken(9)})
+    assert [row.is_stale for row in second.rows] == [True, False]
+    assert harness.finish_reasons() == {"a": FinishReason.STOP}
+    assert a.pages == []
+    harness.update(second, {"a": SampledToken(8), "b": SampledToken(8)})
+    assert a.output_token_ids == [7]
+    assert b.output_token_ids == [9, 8]
+
+
+def test_without_chunked_prefill_a_prompt_runs_whole() -> None:
+    harness = Harness(enable_chunked_prefill=False, max_num_batched_tokens=20, max_model_len=20)
+    for name, length in (("a", 15), ("b", 9), ("c", 17)):
+        harness.add(name, length, max_tokens=2)
+    steps = [rows_of(harness.step()) for _ in range(4)]
+    assert steps == [
+        [("a", 0, 15)],
+        [("a", 15, 1), ("b", 0, 9)],
+        [("b", 9, 1), ("c", 0, 17)],
+        [("c", 17, 1)],
+    ]
+
+
+def test_a_step_too_small_for_a_whole_prompt_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"tokens is 19 .*len is 20: raise .* to 20, lower .* 19"):
+        Harness(enable_chunked_prefill=False, max_num_batched_tokens=19, max_model_len=20)
 
 
 def test_step_of_a_request_preempted_and_admitted_again_is_void() -> None:
     harness = Harness(num_pages=4, enable_prefix_caching=False)
     a = harness.add("a", 7, max_tokens=4)
     b = harness.add("b", 7, max_tokens=4)
-    old = harness.schedule()
-    sampled = harness.model.run(old)
-    for row in old.rows:
-        if row.request is a:
-            harness.update(SchedulerOutput([row], 7, 0, []), sampled)
+    old = []
     for _ in range(20):
-        harness.step()
-        if b.num_preemptions:
+        output = harness.schedule()
+        sampled = harness.model.run(output)
+        for row in output.rows:
+            if row.request is a or b.num_preemptions:
+                harness.update(SchedulerOutput([row], row.num_tokens, 0, []), sampled)
+            else:
+                old.append(row)
+        if b.num_preemptions and b.status is RequestStatus.RUNNING:
             break
     assert b.num_preemptions == 1
-    while b.status is RequestStatus.WAITING:
-        again = harness.step()
-    assert again.rows
     num_computed_tokens = b.num_computed_tokens
-    assert [row.is_stale for row in old.rows] == [True, True]
-    harness.update(old, {"a": SampledToken(1), "b": SampledToken(1)})
+    assert num_computed_tokens > 0
+    assert [(row.start, row.is_stale) for row in old] == [(0, True), (7, True)]
+    for row in old:
+        harness.update(SchedulerOutput([row], 0, 0, []), {"b": SampledToken(1)})
     assert b.num_computed_tokens == num_computed_tokens
     harness.drain()
     assert b.output_token_ids == generate_alone(b)

@@ -54,8 +54,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_model_len=st.integers(2, 30),
         policy=st.sampled_from(["fcfs", "priority"]),
         enable_prefix_caching=st.booleans(),
+        enable_chunked_prefill=st.sampled_from([True, True, False]),
     )
     def start(self, **drawn: Any) -> None:
+        self.enable_chunked_prefill = drawn["enable_chunked_prefill"]
+        if not self.enable_chunked_prefill:
+            drawn["max_num_batched_tokens"] += drawn["max_model_len"] - 1
         page_size = drawn.pop("page_size")
         self.pool = PagePool(
             drawn.pop("num_pages") + 1,
@@ -68,6 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sent: dict[str, list[TokenOutput]] = {}
         self.ended_by_us: set[str] = set()
         self.outstanding: list[tuple[SchedulerOutput, dict[str, SampledToken]]] = []
+        self.num_pending_rows = 0
 
     @rule(
         target=ids,
@@ -145,6 +150,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert bool(self.outstanding[-1][0].rows) == has_work, "a step makes no progress"
         self.update()
 
+    @rule(num_steps=st.integers(1, 12))
+    def overlap(self, num_steps: int) -> None:
+        """Schedule each step while the one before it is in flight, as the engine does."""
+        while len(self.outstanding) > 1:
+            self.update()
+        for _ in range(num_steps):
+            has_work = self.scheduler.has_unfinished
+            self.schedule()
+            # Nothing to run, nothing in flight, and yet somebody waits: that would never end.
+            is_moving = bool(self.outstanding[-1][0].rows) or len(self.outstanding) > 1
+            assert is_moving or not has_work, "a step makes no progress"
+            if len(self.outstanding) > 1:
+                self.update()
+
     @rule()
     def reset_prefix_cache(self) -> None:
         self.pool.reset_prefix_cache()
@@ -165,12 +184,28 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in output.rows:
             request, end = row.request, row.start + row.num_tokens
             assert len(request.pages) * self.pool.page_size >= end
-            is_last = end == request.num_tokens
+            entry = self.scheduler._entries[request.request_id]
+            num_tokens = entry.num_tokens - row.samples
+            assert row.has_pending_token == (end > request.num_tokens)
+            assert row.num_tokens == 1 or not row.has_pending_token
+            assert row.output_position == end - request.num_prompt_tokens
+            self.num_pending_rows += row.has_pending_token
+            # An end by length is foreseen: no row computes what nobody can use.
+            assert end < self.max_len(request) or request.params.max_tokens == 0
+            is_last = end == num_tokens
             assert row.samples == (is_last and request.params.max_tokens != 0)
             if not is_last:
                 # What was left out did not fit the budget.
                 num_left = self.scheduler.max_num_batched_tokens - output.num_tokens
-                assert num_left < request.num_tokens - row.start
+                assert num_left < num_tokens - row.start
+                assert self.enable_chunked_prefill, "a prompt was cut"
+
+    def max_len(self, request: Request) -> int:
+        """Most tokens that a request can have, prompt and output together."""
+        if request.params.max_tokens is None:
+            return self.scheduler.max_request_tokens
+        wanted = request.num_prompt_tokens + request.params.max_tokens
+        return min(self.scheduler.max_request_tokens, wanted)
 
     def check_ended(self, request: Request) -> None:
         expected = generate_by_definition(request, self.scheduler.max_request_tokens)

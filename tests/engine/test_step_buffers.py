@@ -82,7 +82,7 @@ class Simulation:
             assert int(buffers.seq_lens[index]) == row.start + 1
             assert int(buffers.positions[index]) == row.start
             assert buffers.page_table[index, :count].tolist() == request.pages
-            assert buffers.pages_of(request).tolist() == request.pages
+            assert list(buffers.pages_of(request)) == request.pages
         assert buffers.seq_lens[len(ordered) :].tolist() == [0] * (MAX_ROWS - len(ordered))
         assert not buffers.positions[len(ordered) :].any()
 

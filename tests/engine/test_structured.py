@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nsa_serve.engine import Engine, _load_vocabulary
+from nsa_serve.engine import Engine
+from nsa_serve.engine_setup import load_vocabulary
 from nsa_serve.errors import RequestError
 from nsa_serve.exclusions import apply_bitmask, excluded_tokens
 from nsa_serve.model_source import load_tokenizer
@@ -260,9 +261,9 @@ def test_others_run_while_a_grammar_is_compiled(
 
     def load_slowly(*arguments: Any) -> Any:
         gate.wait()
-        return _load_vocabulary(*arguments)
+        return load_vocabulary(*arguments)
 
-    monkeypatch.setattr("nsa_serve.engine._load_vocabulary", load_slowly)
+    monkeypatch.setattr("nsa_serve.engine.load_vocabulary", load_slowly)
     engine = make_engine(folder, page_memory=80 * PAGE_BYTES)
     engine.add(ask("slow", grammar.choice(["yes"], param="c")))
     engine.add(ask("aborted", PERSON))

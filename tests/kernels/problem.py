@@ -53,6 +53,7 @@ class Problem:
 
     k_cmp .. v_swa are k and v themselves where the branches share keys and values.
     path: "torch", or "gpu" for the Triton kernels (in the interpreter where there is no GPU).
+    dtype: of queries and new tokens, and of the cache unless that is FP8.
     """
 
     spec: NSASpec
@@ -69,6 +70,7 @@ class Problem:
     mlps: tuple[CompressionMLP, CompressionMLP] | None
     softmax_scale: float
     path: str
+    dtype: torch.dtype
 
     @property
     def separate(self) -> bool:
@@ -105,7 +107,7 @@ class Problem:
             self.spec,
             num_q_heads=self.q[0].shape[1],
             num_kv_heads=self.k[0].shape[1],
-            dtype=self.cache.k.dtype,
+            dtype=self.dtype,
             device=device,
             branches=branches,
             check_bounds=self.path == "gpu",
@@ -114,7 +116,7 @@ class Problem:
 
         def step(tensors: list[Tensor]) -> Tensor:
             joined = torch.cat([tensors[row][a : a + n] for row, a, n in parts])
-            return joined.to(device, self.cache.k.dtype)
+            return joined.to(device, self.dtype)
 
         output = nsa_attention(
             step(self.q),
@@ -191,8 +193,12 @@ def make_problem(
     path: str = "torch",
     device: torch.device | None = None,
     seed: int = 0,
+    scales: tuple[list[float], list[float]] | None = None,
 ) -> Problem:
-    """Random sequences; the pages of all of them are shuffled together."""
+    """Random sequences; the pages of all of them are shuffled together.
+
+    scales: of keys and of values of each KV head, for an FP8 cache.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -205,7 +211,8 @@ def make_problem(
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
 
     def poisoned(tokens: int, width: int, count: int = num_pages) -> Tensor:
-        cache = torch.full((count, heads, tokens, width), torch.nan, dtype=dtype)
+        cache_dtype = dtype if scales is None else torch.float8_e4m3fn
+        cache = torch.full((count, heads, tokens, width), torch.nan).to(cache_dtype)
         if path == "torch":
             cache[0] = 0  # the null page is readable
         return cache.to(device)
@@ -225,6 +232,7 @@ def make_problem(
         poisoned(size, v_dim) if separate else None,
         tail(dim) if separate else None,
         tail(v_dim) if separate else None,
+        *(torch.tensor(scale, device=device) for scale in scales or ()),
     )
 
     def mlp_weights(width: int) -> CompressionMLP:
@@ -258,6 +266,7 @@ def make_problem(
         mlps=(mlp_weights(dim), mlp_weights(v_dim)) if mlp else None,
         softmax_scale=dim**-0.5,
         path=path,
+        dtype=dtype,
     )
 
 

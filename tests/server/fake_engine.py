@@ -77,6 +77,7 @@ class FakeEngine:
             num_parameters=1_234_567,
             weight_bytes=4_938_268,
             max_model_len=MAX_MODEL_LEN,
+            max_num_seqs=32,
             vocab_size=self.tokenizer.vocab_size,
             page_size=16,
             num_pages=70,

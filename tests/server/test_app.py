@@ -157,7 +157,9 @@ async def test_server_info_tells_all_but_secrets(engine: FakeEngine) -> None:
     assert info["phase"] == "ready"
     assert info["settings"]["api_key"] == ["**********"]
     assert info["model"]["num_parameters"] == 1_234_567
+    assert info["memory"] is None
     assert info["cache"] == {
+        "dtype": "float32",
         "page_size": 16,
         "num_pages": 70,
         "components": {"raw": 573_440, "compressed": 71_680},

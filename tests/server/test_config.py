@@ -103,6 +103,21 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(
     assert captured.out == ""
 
 
+def test_switches_that_the_engine_may_decide_are_on_off_or_absent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for flags, expected in (
+        ([], None),
+        (["--async-scheduling"], True),
+        (["--no-async-scheduling", "--max-model-len", "auto"], False),
+    ):
+        assert main(["serve", *flags, "--enforce-eager", "--print-config"]) == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["async_scheduling"] is expected
+        assert printed["enforce_eager"] is True
+        assert printed["max_model_len"] is None
+
+
 def test_printed_config_can_be_read_back(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

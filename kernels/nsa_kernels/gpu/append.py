@@ -8,9 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.gpu.common import to_fp8
 from nsa_kernels.gpu.compress import (
     compress_mlp,
     entry_offset,
+    load_stored,
     load_window,
     locate_window,
     token_pointers,
@@ -30,6 +32,7 @@ def _copy_tokens(
     stride_t,
     stride_h,
     cache_ptr,
+    scale_ptr,
     page_table_ptr,
     stride_table,
     num_pages,
@@ -54,6 +57,8 @@ def _copy_tokens(
     mask = live[:, None] & (offs_d < DIM)[None, :]
     source = x_ptr + tokens.to(tl.int64)[:, None] * stride_t + head * stride_h + offs_d[None, :]
     x = tl.load(source, mask=mask, other=0.0)
+    if scale_ptr is not None:
+        x = to_fp8(x, tl.load(scale_ptr + head))
     tl.store(cache_ptr + slots[:, None] * DIM + offs_d[None, :], x, mask=mask)
 
 
@@ -77,15 +82,16 @@ def _append_tile(
     CHECK: tl.constexpr,
 ):
     """Copy one tile of tokens, or average one window."""
-    x_ptr, raw_ptr, swa_ptr, cache_ptr, cache_swa_ptr, old_ptr, entries_ptr = tensors
+    x_ptr, raw_ptr, swa_ptr, cache_ptr, cache_swa_ptr, old_ptr, entries_ptr, scale_ptr = tensors
     x_t, x_h, raw_t, raw_h, swa_t, swa_h = strides
     token_rows, positions_ptr, seq_lens, cu_seqlens = plan[0], plan[1], plan[2], plan[3]
-    page_table, stride_table, swa_table, stride_swa = plan[4], plan[5], plan[6], plan[7]
-    tail_slots, window_rows, window_ends = plan[8], plan[9], plan[10]
+    page_table, swa_table, tail_slots = plan[4], plan[5], plan[6]
+    window_rows, window_ends = plan[7], plan[8]
     num_tokens, num_copies, num_candidates, first_row, num_decode_rows = (
         counts[0], counts[1], counts[2], counts[3], counts[4],
     )  # fmt: skip
     num_pages, num_swa_pages, num_old = counts[5], counts[6], counts[7]
+    stride_table, stride_swa = counts[8], counts[9]
     offs_d = tl.arange(0, BLOCK_D)
 
     if pid < num_copies:
@@ -96,13 +102,13 @@ def _append_tile(
         live = in_step & (tl.load(seq_lens + rows, mask=in_step, other=0) > 0)
         positions = tl.where(live, positions, 0)
         _copy_tokens(
-            x_ptr, x_t, x_h, cache_ptr, page_table, stride_table, num_pages, tokens, rows,
-            positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
+            x_ptr, x_t, x_h, cache_ptr, scale_ptr, page_table, stride_table, num_pages, tokens,
+            rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
         )  # fmt: skip
         if SEPARATE:
             _copy_tokens(
-                swa_ptr, swa_t, swa_h, cache_swa_ptr, swa_table, stride_swa, num_swa_pages, tokens,
-                rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
+                swa_ptr, swa_t, swa_h, cache_swa_ptr, None, swa_table, stride_swa, num_swa_pages,
+                tokens, rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
             )  # fmt: skip
             # A single token replaces the one that its own window has just left, so no window of
             # this launch reads the slot. Those of longer rows are kept by a later launch.
@@ -128,29 +134,60 @@ def _append_tile(
             total = tl.zeros([BLOCK_D], dtype=tl.float32)
             for start in tl.static_range(0, CMP_LEN, BLOCK_L):
                 offs_l = start + tl.arange(0, BLOCK_L)
-                source = token_pointers(
-                    raw_ptr, raw_t, raw_h, old_ptr, head, first + offs_l, first, token_shift,
-                    row_start, older, newer, DIM, PAGE_SIZE, CMP_LEN, SEPARATE,
-                )  # fmt: skip
                 mask = (offs_l < CMP_LEN)[:, None] & (offs_d < DIM)[None, :]
-                x = tl.load(source[:, None] + offs_d[None, :], mask=mask, other=0.0)
+                if scale_ptr is not None:
+                    x = load_stored(
+                        raw_ptr, raw_t, raw_h, old_ptr, tl.load(scale_ptr + head), head,
+                        first + offs_l, first, token_shift, row_start, older, newer, offs_d, mask,
+                        DIM, PAGE_SIZE,
+                    )  # fmt: skip
+                else:
+                    source = token_pointers(
+                        raw_ptr, raw_t, raw_h, old_ptr, head, first + offs_l, first, token_shift,
+                        row_start, older, newer, DIM, PAGE_SIZE, CMP_LEN, SEPARATE,
+                    )  # fmt: skip
+                    x = tl.load(source[:, None] + offs_d[None, :], mask=mask, other=0.0)
                 total += tl.sum(x.to(tl.float32), axis=0)
             offset = entry_offset(
                 row, end, head, closes, num_pages, page_table, stride_table, KV_HEADS,
                 PAGE_SIZE // CMP_STRIDE, DIM, CMP_STRIDE, CHECK,
             )  # fmt: skip
+            # In FP8 the scale of an entry is that of its tokens, and their mean is in range.
             mean = (total / CMP_LEN).to(entries_ptr.dtype.element_ty)
             tl.store(entries_ptr + offset + offs_d, mean, mask=offs_d < DIM)
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel anew; it would within a tuple.
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens",
+        "num_copies",
+        "num_candidates",
+        "first_row",
+        "num_decode_rows",
+        "num_pages",
+        "num_swa_pages",
+        "num_old",
+        "stride_table",
+        "stride_swa",
+    ]
+)
 def _append_kernel(
     keys,
     values,
     key_strides,
     value_strides,
     plan,
-    counts,
+    num_tokens,
+    num_copies,
+    num_candidates,
+    first_row,
+    num_decode_rows,
+    num_pages,
+    num_swa_pages,
+    num_old,
+    stride_table,
+    stride_swa,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     K_BLOCK_D: tl.constexpr,
@@ -164,6 +201,18 @@ def _append_kernel(
     SEPARATE: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    counts = (
+        num_tokens,
+        num_copies,
+        num_candidates,
+        first_row,
+        num_decode_rows,
+        num_pages,
+        num_swa_pages,
+        num_old,
+        stride_table,
+        stride_swa,
+    )
     # Heads vary fastest: the heads of a token lie next to each other in the projection.
     pid, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
     if tl.program_id(1) == 0:
@@ -202,7 +251,7 @@ def _keep_tokens(
     tl.store(tail_ptr + entry[:, None] * DIM + offs_d[None, :], raw, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "num_slots"])
 def _tail_kernel(
     k_ptr,
     v_ptr,
@@ -277,7 +326,8 @@ def append_kv(
     seq_lens 0 is padding.
     first_row: 0, or num_decode_rows when the decode rows are appended by another kernel.
     compress: False where neither compression nor selection is used. mlps: of keys and of values,
-    None = mean of the window, summed in fp32 and rounded once.
+    None = mean of the window, summed in fp32 and rounded once; in an FP8 cache the mean of what
+    its pages hold.
     branch_kv, swa_page_table [B, P], tail_slots [B] (int32): of a cache where every branch has keys
     and values of its own; the window branch goes to its pages, and the last tokens that were
     compressed to the tail.
@@ -316,8 +366,8 @@ def append_kv(
     block_l = min(triton.next_power_of_2(spec.cmp_len), MAX_TILE // max(blocks_d))
     if num_copies + num_candidates:
         _append_kernel[((num_copies + num_candidates) * kv_heads, 2)](
-            (k, raw_k, swa_k, cache.k, cache.k_swa, old_k, cache.k_cmp),
-            (v, raw_v, swa_v, cache.v, cache.v_swa, old_v, cache.v_cmp),
+            (k, raw_k, swa_k, cache.k, cache.k_swa, old_k, cache.k_cmp, cache.k_scale),
+            (v, raw_v, swa_v, cache.v, cache.v_swa, old_v, cache.v_cmp, cache.v_scale),
             _strides(k, raw_k, swa_k),
             _strides(v, raw_v, swa_v),
             (
@@ -326,24 +376,22 @@ def append_kv(
                 seq_lens,
                 cu_seqlens_q,
                 page_table,
-                page_table.stride(0),
                 swa_page_table,
-                0 if swa_page_table is None else swa_page_table.stride(0),
                 tail_slots,
                 # Never read when there are none.
                 seq_lens if window_rows is None else window_rows,
                 seq_lens if window_ends is None else window_ends,
             ),
-            (
-                num_tokens,
-                num_copies,
-                num_candidates,
-                first_row,
-                num_decode_rows,
-                cache.k.shape[0],
-                0 if cache.k_swa is None else cache.k_swa.shape[0],
-                0 if old_k is None else old_k.shape[0],
-            ),
+            num_tokens,
+            num_copies,
+            num_candidates,
+            first_row,
+            num_decode_rows,
+            cache.k.shape[0],
+            0 if cache.k_swa is None else cache.k_swa.shape[0],
+            0 if old_k is None else old_k.shape[0],
+            page_table.stride(0),
+            0 if swa_page_table is None else swa_page_table.stride(0),
             PAGE_SIZE=spec.block_size,
             CMP_STRIDE=spec.cmp_stride,
             BLOCK_T=block_t,

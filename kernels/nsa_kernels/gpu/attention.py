@@ -11,7 +11,7 @@ from nsa_kernels.gpu.append import append_kv
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.decode_cmp import CmpPartials, decode_cmp
 from nsa_kernels.gpu.decode_slc import decode_slc
-from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan
+from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, has_fp8
 from nsa_kernels.gpu.prefill_cmp import prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
 from nsa_kernels.gpu.prefill_short import prefill_short
@@ -50,6 +50,8 @@ def nsa_attention(
     branches = plan.branches
     if not (branches.cmp or branches.slc or branches.swa):
         raise ValueError("no branch is used: every gate is zero")
+    if cache.k_scale is not None and not has_fp8(q.device):
+        raise ValueError("an FP8 cache needs a GPU of compute capability 8.9 or later")
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     num_decode_rows = plan.num_decode_rows
     # The first decode kernel appends its row's token on the way, unless an MLP must come between.
@@ -131,7 +133,8 @@ def _decode(
     branches = plan.branches
     # Selection is small enough to start the last kernel under it. In front of selection that pays
     # for small steps only: else the early programs are in the way of those before; measured.
-    launch_pdl = plan.use_pdl and q.shape[0] * k.shape[1] <= MAX_PDL_GROUPS
+    shape_rows, _ = plan.decode_shape
+    launch_pdl = plan.use_pdl and shape_rows * k.shape[1] <= MAX_PDL_GROUPS
     start_last = plan.use_pdl and (branches.slc or launch_pdl)
     partials: CmpPartials | None = None
     if branches.cmp or branches.slc:
@@ -146,6 +149,7 @@ def _decode(
             softmax_scale=softmax_scale,
             counters=plan.counters[0],
             num_sms=plan.num_sms,
+            shape=plan.decode_shape,
             branch_kv=branch_kv,
             swa_page_table=plan.swa_page_table,
             tail_slots=plan.tail_slots,
@@ -166,6 +170,7 @@ def _decode(
         softmax_scale=softmax_scale,
         counters=plan.counters[1],
         num_sms=plan.num_sms,
+        shape_rows=shape_rows,
         branches=branches,
         block_indices=None if partials is None else partials.block_indices,
         block_pages=None if partials is None else partials.block_pages,

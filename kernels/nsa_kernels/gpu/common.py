@@ -2,6 +2,7 @@
 
 import torch
 import triton
+import triton.language as tl
 
 from nsa_kernels.spec import NSASpec
 
@@ -15,6 +16,13 @@ PREFILL_ROWS = 128
 # Bound of each of the two prefill workspaces, block scores and partial outputs. A prefill runs in
 # sub-chunks of tokens that stay under it; one tile of tokens is the least.
 WORKSPACE_BYTES = 512 << 20
+
+
+@triton.jit
+def to_fp8(x, scale):
+    """Round x / scale to what an FP8 cache holds. Saturates at 448, e4m3's largest; NaN stays."""
+    x = x.to(tl.float32) / scale
+    return tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
 
 
 def block_h(group_size: int) -> int:

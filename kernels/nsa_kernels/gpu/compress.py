@@ -4,7 +4,9 @@ B rows, W windows of prefill chunks, H KV heads, E compressed entries a page, D 
 A candidate is a decode row, whose window closes or not, or one of the W windows, which do. The
 tokens of a window that belong to this step are read from the step's own tensor, older ones from the
 pages (or from the tail, where compression has keys and values of its own), so that nothing has to
-be written before.
+be written before. Of an FP8 cache an entry is a function of what the pages hold: the step's own
+tokens are rounded as they are stored before they are compressed, so that entries do not depend on
+how a prompt was cut into chunks.
 """
 
 import torch
@@ -12,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_kernels.gpu.common import to_fp8
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
@@ -120,6 +123,36 @@ def token_pointers(
 
 
 @triton.jit
+def load_stored(
+    x_ptr,
+    stride_t,
+    stride_h,
+    old_ptr,
+    scale,
+    head,
+    position,
+    first,
+    token_shift,
+    row_start,
+    older,
+    newer,
+    offs_d,
+    mask,
+    DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Load tokens [N] of a window as the FP8 cache holds them, or is to: [N, D] fp32, x / scale."""
+    token = position + token_shift
+    is_new = (token >= row_start)[:, None]
+    page = tl.where(position // PAGE_SIZE == first // PAGE_SIZE, older, newer)
+    slot = page + (position % PAGE_SIZE) * DIM
+    old = tl.load(old_ptr + slot[:, None] + offs_d[None, :], mask=mask & (is_new == 0), other=0.0)
+    new = x_ptr + token.to(tl.int64) * stride_t + head * stride_h
+    x = tl.load(new[:, None] + offs_d[None, :], mask=mask & is_new, other=0.0)
+    return tl.where(is_new, to_fp8(x, scale).to(tl.float32), old.to(tl.float32))
+
+
+@triton.jit
 def entry_offset(
     row,
     end,
@@ -167,11 +200,11 @@ def _hidden_tile(
     CHECK: tl.constexpr,
 ):
     """hidden[split, m, n] = the split's tokens of (window + pos) @ w1^T, in fp32."""
-    x_ptr, old_ptr, _, hidden_ptr = tensors
+    x_ptr, old_ptr, _, hidden_ptr, scale_ptr = tensors
     stride_t, stride_h = strides
     pos_ptr, w1_ptr, _, _, _ = mlp
-    seq_lens, cu_seqlens, page_table, stride_table, tail_slots, window_rows, window_ends = plan
-    num_candidates, first_row, num_decode_rows, num_old, _ = counts
+    seq_lens, cu_seqlens, page_table, tail_slots, window_rows, window_ends = plan
+    num_candidates, first_row, num_decode_rows, num_old, _, stride_table = counts
     num_rows = num_candidates * KV_HEADS
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -196,15 +229,21 @@ def _hidden_tile(
             token = split * TOKENS + step // CHUNKS
             offs_k = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
             in_k = offs_k < DIM
-            source = token_pointers(
-                x_ptr, stride_t, stride_h, old_ptr, head, first + token, first, token_shift,
-                row_start, older, newer, DIM, PAGE_SIZE, CMP_LEN, SEPARATE,
-            )  # fmt: skip
-            x = tl.load(
-                source[:, None] + offs_k[None, :], mask=closes[:, None] & in_k[None, :], other=0.0
-            )
+            mask = closes[:, None] & in_k[None, :]
+            if scale_ptr is not None:
+                scale = tl.load(scale_ptr + head)
+                x = load_stored(
+                    x_ptr, stride_t, stride_h, old_ptr, scale[:, None], head, first + token, first,
+                    token_shift, row_start, older, newer, offs_k, mask, DIM, PAGE_SIZE,
+                ) * scale[:, None]  # fmt: skip
+            else:
+                source = token_pointers(
+                    x_ptr, stride_t, stride_h, old_ptr, head, first + token, first, token_shift,
+                    row_start, older, newer, DIM, PAGE_SIZE, CMP_LEN, SEPARATE,
+                )  # fmt: skip
+                x = tl.load(source[:, None] + offs_k[None, :], mask=mask, other=0.0)
             pos = tl.load(pos_ptr + token * DIM + offs_k, mask=in_k, other=0.0)
-            # Rounded to the cache's dtype like every tensor between the layers of the MLP.
+            # Rounded to the model's dtype like every tensor between the layers of the MLP.
             x = (x.to(tl.float32) + pos.to(tl.float32)[None, :]).to(x_ptr.dtype.element_ty)
             w1 = tl.load(
                 w1_rows + (token * DIM + offs_k)[:, None],
@@ -237,11 +276,11 @@ def _entry_tile(
     CHECK: tl.constexpr,
 ):
     """File silu(hidden + b1) @ w2^T + b2, rounded after every step."""
-    _, _, entries_ptr, hidden_ptr = tensors
+    _, _, entries_ptr, hidden_ptr, scale_ptr = tensors
     _, _, b1_ptr, w2_ptr, b2_ptr = mlp
-    seq_lens, _, page_table, stride_table, _, window_rows, window_ends = plan
-    num_candidates, first_row, num_decode_rows, _, num_pages = counts
-    dtype = entries_ptr.dtype.element_ty
+    seq_lens, _, page_table, _, window_rows, window_ends = plan
+    num_candidates, first_row, num_decode_rows, _, num_pages, stride_table = counts
+    dtype = w2_ptr.dtype.element_ty
     num_rows = num_candidates * KV_HEADS
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -277,14 +316,24 @@ def _entry_tile(
             row, end, head, closes, num_pages, page_table, stride_table, KV_HEADS,
             PAGE_SIZE // CMP_STRIDE, DIM, CMP_STRIDE, CHECK,
         )  # fmt: skip
-        tl.store(
-            entries_ptr + offset[:, None] + offs_n[None, :],
-            (acc + b2[None, :]).to(dtype),
-            mask=closes[:, None] & in_n[None, :],
-        )
+        targets = entries_ptr + offset[:, None] + offs_n[None, :]
+        phi = (acc + b2[None, :]).to(dtype)
+        if scale_ptr is not None:
+            phi = to_fp8(phi, tl.load(scale_ptr + head)[:, None])
+        tl.store(targets, phi, mask=closes[:, None] & in_n[None, :])
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel anew; it would within a tuple.
+@triton.jit(
+    do_not_specialize=[
+        "num_candidates",
+        "first_row",
+        "num_decode_rows",
+        "num_old",
+        "num_pages",
+        "stride_table",
+    ]
+)
 def _hidden_kernel(
     keys,
     values,
@@ -293,7 +342,12 @@ def _hidden_kernel(
     key_mlp,
     value_mlp,
     plan,
-    counts,
+    num_candidates,
+    first_row,
+    num_decode_rows,
+    num_old,
+    num_pages,
+    stride_table,
     K_HIDDEN: tl.constexpr,
     V_HIDDEN: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -311,6 +365,14 @@ def _hidden_kernel(
     SEPARATE: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    counts = (
+        num_candidates,
+        first_row,
+        num_decode_rows,
+        num_old,
+        num_pages,
+        stride_table,
+    )
     pid = tl.program_id(0)
     split = tl.program_id(1)
     if tl.program_id(2) == 0:
@@ -327,14 +389,29 @@ def _hidden_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel anew; it would within a tuple.
+@triton.jit(
+    do_not_specialize=[
+        "num_candidates",
+        "first_row",
+        "num_decode_rows",
+        "num_old",
+        "num_pages",
+        "stride_table",
+    ]
+)
 def _entry_kernel(
     keys,
     values,
     key_mlp,
     value_mlp,
     plan,
-    counts,
+    num_candidates,
+    first_row,
+    num_decode_rows,
+    num_old,
+    num_pages,
+    stride_table,
     K_HIDDEN: tl.constexpr,
     V_HIDDEN: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -350,6 +427,14 @@ def _entry_kernel(
     TILES_N: tl.constexpr,
     CHECK: tl.constexpr,
 ):
+    counts = (
+        num_candidates,
+        first_row,
+        num_decode_rows,
+        num_old,
+        num_pages,
+        stride_table,
+    )
     pid = tl.program_id(0)
     if tl.program_id(1) == 0:
         _entry_tile(
@@ -393,8 +478,8 @@ def compress_mlp(
     int32 [W]: row of each window that closes in a prefill chunk, and the count of tokens at its
     end, None without chunks. Decode rows [first_row, num_decode_rows) find out themselves whether
     theirs closes.
-    mlps: of keys and of values, in the dtype of the cache; every step is rounded to it and
-    accumulated in fp32.
+    mlps: of keys and of values, in the dtype of k and v; every step is rounded to it and
+    accumulated in fp32. An FP8 cache saturates.
     block_m, block_n, splits (a power of two that divides l), num_warps, num_stages: tuning.
     """
     kv_heads, k_dim, v_dim = k.shape[1], k.shape[2], v.shape[2]
@@ -424,19 +509,28 @@ def compress_mlp(
         torch.empty((splits, num_rows, size), dtype=torch.float32, device=k.device)
         for size in hidden_sizes
     ]
-    tensors = ((k, old_k, cache.k_cmp, hidden[0]), (v, old_v, cache.v_cmp, hidden[1]))
+    tensors = (
+        (k, old_k, cache.k_cmp, hidden[0], cache.k_scale),
+        (v, old_v, cache.v_cmp, hidden[1], cache.v_scale),
+    )
     weights = tuple((m.pos, m.w1, m.b1, m.w2, m.b2) for m in mlps)
     plan = (
         seq_lens,
         cu_seqlens_q,
         page_table,
-        page_table.stride(0),
         tail_slots,
         # Never read when there are none.
         seq_lens if window_rows is None else window_rows,
         seq_lens if window_ends is None else window_ends,
     )
-    counts = (num_candidates, first_row, num_decode_rows, old_k.shape[0], cache.k.shape[0])
+    counts = (
+        num_candidates,
+        first_row,
+        num_decode_rows,
+        old_k.shape[0],
+        cache.k.shape[0],
+        page_table.stride(0),
+    )
     geometry = {
         "K_HIDDEN": hidden_sizes[0],
         "V_HIDDEN": hidden_sizes[1],
@@ -458,7 +552,7 @@ def compress_mlp(
         (v.stride(0), v.stride(1)),
         *weights,
         plan,
-        counts,
+        *counts,
         BLOCK_N=block_n,
         K_BLOCK_K=_inner_block(k_dim, exact),
         V_BLOCK_K=_inner_block(v_dim, exact),
@@ -473,7 +567,7 @@ def compress_mlp(
         *tensors,
         *weights,
         plan,
-        counts,
+        *counts,
         BLOCK_N=block_n,
         BLOCK_K=32,
         TILES_N=tiles_n,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.gpu.common import LOG2E
+from nsa_kernels.gpu.common import LOG2E, to_fp8
 from nsa_kernels.gpu.decode_select import decode_select
 from nsa_kernels.gpu.select import CHUNK_BLOCKS, select_constants
 from nsa_kernels.metadata import BranchKV, LayerCache
@@ -76,6 +76,7 @@ def decode_cmp(
     softmax_scale: float,
     counters: Tensor,
     num_sms: int,
+    shape: tuple[int, int] | None = None,
     branch_kv: BranchKV | None = None,
     swa_page_table: Tensor | None = None,
     tail_slots: Tensor | None = None,
@@ -94,13 +95,16 @@ def decode_cmp(
 ) -> CmpPartials:
     """Append the tokens of the decode rows, attend to the compressed entries, select the blocks.
 
-    q: [Nd, HQ, D], k: [Nd, H, D], v: [Nd, H, Dv], last stride 1, in the dtype of the cache.
+    q: [Nd, HQ, D], k: [Nd, H, D], v: [Nd, H, Dv], last stride 1, in the dtype of the cache, or of
+    any where that is FP8.
     seq_lens: [B] int32, tokens with this step's; 0 for a padding row, which touches no cache and
     selects nothing. page_table: [B, P] int32. The decode rows are the first of B.
     branch_kv, swa_page_table [B, P], tail_slots [B] int32: where branches have K/V of their own.
     with_output, with_selection: whether the branch's output and the selection are wanted.
     fuse_append: append, and compress with the mean; False if that has been done.
     counters: [Nd * H] int32 zeros, and zeros afterwards.
+    shape: rows and pages to be cut for, at least Nd and P; None = those. Not the result, but what
+    is compiled depends on it.
     check: assert on the device that page ids and tail slots are inside the cache.
     Tuning: tile_entries, compressed entries of a loop step, a power of two and at least 2 * E;
     heads_per_step, heads whose scores the selection loads together.
@@ -123,9 +127,10 @@ def decode_cmp(
     is_fp32 = q.dtype == torch.float32
     if tile_entries is None:
         tile_entries = max(TILE_ENTRIES, 2 * entries)
-    num_tiles = triton.cdiv(page_table.shape[1] * entries, tile_entries)
+    shape_rows, shape_pages = shape or (num_rows, page_table.shape[1])
+    num_tiles = triton.cdiv(shape_pages * entries, tile_entries)
     if splits is None:
-        splits = num_cmp_splits(num_rows, num_kv_heads, num_tiles, num_sms)
+        splits = num_cmp_splits(shape_rows, num_kv_heads, num_tiles, num_sms)
     if not (with_output or with_selection):
         splits = 1
     block_h = max(16, triton.next_power_of_2(group_size))
@@ -135,7 +140,7 @@ def decode_cmp(
         num_warps = 8 if is_fp32 or block_h > 64 or tile_entries > 64 else 4
     if num_stages is None:
         width = block_d + block_dv if with_output else block_d
-        buffers = STAGE_BYTES // (tile_entries * width * q.element_size())
+        buffers = STAGE_BYTES // (tile_entries * width * cache.k_cmp.element_size())
         num_stages = 1 + max(1, min(2, buffers))
 
     has_spill = spec.score_map == "overlap" and spec.strides_per_window > 1
@@ -154,7 +159,7 @@ def decode_cmp(
         pages = torch.empty_like(indices)
     partials = CmpPartials(o_part, lse2_part, indices, pages)
     # Few rows leave multiprocessors to spare: then more and smaller chunks.
-    chunk_blocks = CHUNK_BLOCKS if num_rows * num_kv_heads > MANY_ROWS else FEW_ROWS_CHUNK
+    chunk_blocks = CHUNK_BLOCKS if shape_rows * num_kv_heads > MANY_ROWS else FEW_ROWS_CHUNK
     if num_rows == 0:
         return partials
 
@@ -174,6 +179,8 @@ def decode_cmp(
         cache.v,
         cache.k_cmp,
         cache.v_cmp,
+        cache.k_scale,
+        cache.v_scale,
         cache.k_swa,
         cache.v_swa,
         cache.k_tail,
@@ -256,6 +263,7 @@ def decode_cmp(
                 heads_per_step=heads_per_step,
             ),
             num_pages=num_pages,
+            shape_rows=shape_rows,
             check=check,
             launch_pdl=launch_pdl or start_next,
             start_next=start_next,
@@ -265,9 +273,13 @@ def decode_cmp(
 
 
 @triton.jit
-def _copy_row(source_ptr, target_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_row(source_ptr, target_ptr, scale_ptr, DIM: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    tl.store(target_ptr + offs, tl.load(source_ptr + offs, mask=offs < DIM), mask=offs < DIM)
+    targets = target_ptr + offs
+    x = tl.load(source_ptr + offs, mask=offs < DIM)
+    if scale_ptr is not None:
+        x = to_fp8(x, tl.load(scale_ptr))
+    tl.store(targets, x, mask=offs < DIM)
 
 
 @triton.jit
@@ -276,21 +288,27 @@ def _append_token(
     v_ptr,
     k_cache_ptr,
     v_cache_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     slot,
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
 ):
-    """Copy a token's key and value, of one head, to slot `slot` (int64) of that head."""
-    _copy_row(k_ptr, k_cache_ptr + slot * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    _copy_row(v_ptr, v_cache_ptr + slot * V_HEAD_DIM, V_HEAD_DIM, BLOCK_DV)
+    """Copy a token's key and value, of one head, to slot `slot` (int64) of that head.
+
+    k_scale_ptr, v_scale_ptr: of that head, None where the cache is not FP8.
+    """
+    _copy_row(k_ptr, k_cache_ptr + slot * HEAD_DIM, k_scale_ptr, HEAD_DIM, BLOCK_D)
+    _copy_row(v_ptr, v_cache_ptr + slot * V_HEAD_DIM, v_scale_ptr, V_HEAD_DIM, BLOCK_DV)
 
 
 @triton.jit
 def _window_mean(
     new_ptr,
     cache_ptr,
+    scale_ptr,
     pages_ptr,
     tail_slot,
     position,
@@ -303,11 +321,16 @@ def _window_mean(
     CMP_LEN: tl.constexpr,
     SEPARATE: tl.constexpr,
 ):
-    """Store the mean of the CMP_LEN rows that end with `position`, whose own row is at new_ptr."""
+    """Store the mean of the CMP_LEN rows that end with `position`, whose own row is at new_ptr.
+
+    In FP8 the mean of what is stored of them, all in units of the head's one scale.
+    """
     ROWS: tl.constexpr = 16
     offs_d = tl.arange(0, BLOCK)
     mask_d = offs_d < DIM
     total = tl.load(new_ptr + offs_d, mask=mask_d, other=0.0).to(tl.float32)
+    if scale_ptr is not None:
+        total = to_fp8(total, tl.load(scale_ptr)).to(tl.float32)
     for first in range(0, CMP_LEN - 1, ROWS):
         offs = first + tl.arange(0, ROWS)
         mask = offs < CMP_LEN - 1
@@ -327,7 +350,17 @@ def _window_mean(
     tl.store(target_ptr + offs_d, mean.to(target_ptr.dtype.element_ty), mask=mask_d)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_pages", "num_swa_pages", "num_tail_slots"])
+# What changes from step to step must not compile the kernel anew.
+@triton.jit(
+    do_not_specialize=[
+        "num_tiles",
+        "num_pages",
+        "num_swa_pages",
+        "num_tail_slots",
+        "stride_pb",
+        "stride_spb",
+    ]
+)
 def _decode_cmp_kernel(
     q_ptr,
     k_ptr,
@@ -340,6 +373,8 @@ def _decode_cmp_kernel(
     v_cache_ptr,
     k_cmp_ptr,
     v_cmp_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     k_swa_cache_ptr,
     v_swa_cache_ptr,
     k_tail_ptr,
@@ -411,6 +446,9 @@ def _decode_cmp_kernel(
     num_kv_heads = tl.num_programs(0)
     num_splits = tl.num_programs(1)
     row_pages_ptr = page_table_ptr + batch * stride_pb
+    if k_scale_ptr is not None:
+        k_scale_ptr += kv_head
+        v_scale_ptr += kv_head
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -433,7 +471,7 @@ def _decode_cmp_kernel(
                 tl.device_assert((page >= 0) & (page < num_pages), "page id outside the cache")
             slot = (page * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
             _append_token(
-                k_row, v_row, k_cache_ptr, v_cache_ptr, slot,
+                k_row, v_row, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slot,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
             k_old_ptr, v_old_ptr, tail_slot = k_cache_ptr, v_cache_ptr, page
@@ -453,14 +491,14 @@ def _decode_cmp_kernel(
                 _append_token(
                     k_swa_ptr + batch * stride_kst + kv_head * stride_ksh,
                     v_swa_ptr + batch * stride_vst + kv_head * stride_vsh,
-                    k_swa_cache_ptr, v_swa_cache_ptr, slot,
+                    k_swa_cache_ptr, v_swa_cache_ptr, None, None, slot,
                     HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
                 k_row = k_raw_ptr + batch * stride_krt + kv_head * stride_krh
                 v_row = v_raw_ptr + batch * stride_vrt + kv_head * stride_vrh
                 slot = (tail_slot * num_kv_heads + kv_head) * CMP_LEN + position % CMP_LEN
                 _append_token(
-                    k_row, v_row, k_tail_ptr, v_tail_ptr, slot,
+                    k_row, v_row, k_tail_ptr, v_tail_ptr, None, None, slot,
                     HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
                 )  # fmt: skip
                 k_old_ptr, v_old_ptr = k_tail_ptr, v_tail_ptr
@@ -468,13 +506,14 @@ def _decode_cmp_kernel(
                 # A window closes. Its entry lies in the page of its last token.
                 entry = (page * num_kv_heads + kv_head) * ENTRIES + (num_visible - 1) % ENTRIES
                 _window_mean(
-                    k_row, k_old_ptr, row_pages_ptr, tail_slot, position, kv_head, num_kv_heads,
-                    k_cmp_ptr + entry * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE, CMP_LEN, SEPARATE,
+                    k_row, k_old_ptr, k_scale_ptr, row_pages_ptr, tail_slot, position, kv_head,
+                    num_kv_heads, k_cmp_ptr + entry * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
+                    CMP_LEN, SEPARATE,
                 )  # fmt: skip
                 _window_mean(
-                    v_row, v_old_ptr, row_pages_ptr, tail_slot, position, kv_head, num_kv_heads,
-                    v_cmp_ptr + entry * V_HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_SIZE, CMP_LEN,
-                    SEPARATE,
+                    v_row, v_old_ptr, v_scale_ptr, row_pages_ptr, tail_slot, position, kv_head,
+                    num_kv_heads, v_cmp_ptr + entry * V_HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_SIZE,
+                    CMP_LEN, SEPARATE,
                 )  # fmt: skip
                 # This program reads the entry below, with other threads.
                 tl.debug_barrier()
@@ -491,6 +530,8 @@ def _decode_cmp_kernel(
             mask=mask_h[:, None] & (offs_d < HEAD_DIM)[None, :],
             other=0.0,
         )
+        if k_scale_ptr is not None:
+            scale *= tl.load(k_scale_ptr)
         # First query head of the group; everything per head counts from here.
         head_row = (batch * num_kv_heads + kv_head) * GROUP_SIZE
         tile_row = head_row * num_tiles
@@ -528,7 +569,7 @@ def _decode_cmp_kernel(
             if BLOCK_D > HEAD_DIM:
                 mask_k = mask_k & (offs_d < HEAD_DIM)[None, :]
             k_ptrs = k_cmp_ptr + row[:, None] * HEAD_DIM + offs_d[None, :]
-            k = tl.load(k_ptrs, mask=mask_k, other=0.0)
+            k = tl.load(k_ptrs, mask=mask_k, other=0.0).to(q.dtype)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
             s = tl.where(is_visible[None, :], s, float("-inf"))
             # Every tile of the loop has a visible entry, so the maximum is finite.
@@ -560,7 +601,7 @@ def _decode_cmp_kernel(
                 if BLOCK_DV > V_HEAD_DIM:
                     mask_v = mask_v & (offs_dv < V_HEAD_DIM)[None, :]
                 v_ptrs = v_cmp_ptr + row[:, None] * V_HEAD_DIM + offs_dv[None, :]
-                v = tl.load(v_ptrs, mask=mask_v, other=0.0)
+                v = tl.load(v_ptrs, mask=mask_v, other=0.0).to(q.dtype)
                 acc *= alpha[:, None]
                 acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
 
@@ -574,6 +615,8 @@ def _decode_cmp_kernel(
             if WITH_OUTPUT:
                 o_ptrs = o_part_ptr + part[:, None] * V_HEAD_DIM + offs_dv[None, :]
                 mask_o = mask_h[:, None] & (offs_dv < V_HEAD_DIM)[None, :]
+                if v_scale_ptr is not None:
+                    acc *= tl.load(v_scale_ptr)
                 tl.store(o_ptrs, acc / l_i[:, None], mask=mask_o)
         else:
             tl.store(lse2_part_ptr + part, float("-inf"), mask=mask_h)

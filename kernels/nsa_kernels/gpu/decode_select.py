@@ -48,6 +48,7 @@ def decode_select(
     constants: dict[str, int | bool],
     *,
     num_pages: int,
+    shape_rows: int | None = None,
     check: bool = False,
     launch_pdl: bool = False,
     start_next: bool = False,
@@ -59,7 +60,8 @@ def decode_select(
     lse2_part: [Nd, HQ, splits] fp32. seq_lens: [B], page_table: [B, P] int32; written before the
     kernel in front began. block_indices, block_pages: [Nd, H, S] int32, written. counters: [Nd * H]
     int32 zeros, and zeros afterwards. constants: of `select_constants`, as units were written.
-    launch_pdl: start while the kernel in front ends; start_next: let the next one do so.
+    shape_rows: rows to be cut for, None = Nd. launch_pdl: start while the kernel in front ends;
+    start_next: let the next one do so.
     Tuning: num_warps; early_bytes, up to which size units are read before the row's length is.
 
     Returns the kernel's own workspace, if it has one: to be kept while it may run.
@@ -74,7 +76,8 @@ def decode_select(
         size = num_chunks * slots * (2 if constants["LEGACY"] else 1)
         candidates = units.new_empty((num_rows, num_kv_heads, size), dtype=torch.int64)
     is_early = num_chunks == 1 and not launch_pdl
-    is_early = is_early and units.numel() * units.element_size() <= early_bytes
+    row_bytes = units.numel() // num_rows * units.element_size()
+    is_early = is_early and row_bytes * (shape_rows or num_rows) <= early_bytes
     _decode_select_kernel[(num_chunks, num_kv_heads, num_rows)](
         units,
         spill,

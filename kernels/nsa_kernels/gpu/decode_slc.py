@@ -152,6 +152,7 @@ def decode_slc(
     softmax_scale: float,
     counters: Tensor,
     num_sms: int,
+    shape_rows: int | None = None,
     branches: Branches,
     block_indices: Tensor | None = None,
     block_pages: Tensor | None = None,
@@ -183,7 +184,8 @@ def decode_slc(
     unwritten. Needed when `branches.cmp`.
     counters: int32 zeros, at least Nd * H * ceil(G / head_tile) of them (Nd * HQ always suffice);
     they are zero again afterwards. num_sms: multiprocessors of the device.
-    out: contiguous, of q's dtype. config: overrides `default_config`. launch_pdl: start while the
+    out: contiguous, of q's dtype. config: overrides `default_config`, which is that for
+    `shape_rows` rows, None = Nd: what is compiled depends on it. launch_pdl: start while the
     kernel before is still running, and wait for it on the device. early_window: with launch_pdl,
     let only those programs wait that read the selection; for when the kernel before writes nothing
     else, lets this one start only after its own wait, and works on memory kept from this call.
@@ -227,7 +229,7 @@ def decode_slc(
 
     if config is None:
         config = default_config(
-            num_rows,
+            shape_rows or num_rows,
             num_q_heads,
             num_kv_heads,
             head_dim,
@@ -270,6 +272,8 @@ def decode_slc(
         gate_tensor,
         cache.k,
         cache.v,
+        cache.k_scale,
+        cache.v_scale,
         k_swa,
         v_swa,
         seq_lens,
@@ -333,12 +337,15 @@ def _window_pages(spec: NSASpec) -> int:
     return (spec.window_size + spec.block_size - 2) // spec.block_size + 1
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel anew.
+@triton.jit(do_not_specialize=["num_pages", "num_swa_pages", "table_width"])
 def _decode_slc_kernel(
     q_ptr,  # [Nd, HQ, D]
     gates_ptr,  # [Nd, HQ, 3] or None
     k_ptr,  # [num_pages, H, BLOCK_SIZE, D]
     v_ptr,
+    k_scale_ptr,  # [H], None where the cache is not FP8
+    v_scale_ptr,
     k_swa_ptr,  # the same as k_ptr where branches share keys
     v_swa_ptr,
     seq_lens_ptr,
@@ -411,6 +418,8 @@ def _decode_slc_kernel(
     out_ptrs = out_ptr + (first_head + offs_h)[:, None] * V_HEAD_DIM + offs_dv[None, :]
     mask_out = mask_h[:, None] & mask_dv[None, :]
     seq_len = tl.load(seq_lens_ptr + row)
+    if k_scale_ptr is not None:
+        qk_scale *= tl.load(k_scale_ptr + kv_head)
     ROWS: tl.constexpr = max(HEAD_TILE, 16)
     offs_m = tl.arange(0, ROWS)
     mask_m = (offs_m < HEAD_TILE) & (head_start + offs_m < GROUP_SIZE)
@@ -515,6 +524,11 @@ def _decode_slc_kernel(
             g_cmp = _load_gate(gates_ptr, gates_row, mask_h, gate_cmp, SIGMOID_GATES)
             g_slc = _load_gate(gates_ptr, gates_row + 1, mask_h, gate_slc, SIGMOID_GATES)
             g_swa = _load_gate(gates_ptr, gates_row + 2, mask_h, gate_swa, SIGMOID_GATES)
+        if v_scale_ptr is not None:
+            # The compression branch is in units of 1 already.
+            v_scale = tl.load(v_scale_ptr + kv_head)
+            g_slc *= v_scale
+            g_swa *= v_scale
         out = tl.zeros([HEAD_TILE, BLOCK_DV], tl.float32)
         if SLC_SPLITS > 0:
             o_slc = _merge(
@@ -666,6 +680,7 @@ def _attend_selected(
             BLOCK_SIZE,
             BLOCK_N,
         )
+        k, v = k.to(q.dtype), v.to(q.dtype)
         s = _scores(q, k, qk_scale)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
     slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
@@ -750,6 +765,7 @@ def _attend_window(
             BLOCK_SIZE,
             BLOCK_N,
         )
+        k, v = k.to(q.dtype), v.to(q.dtype)
         s = _scores(q, k, qk_scale)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
         if SHARED:

@@ -47,7 +47,7 @@ class PrefillPlan:
     window_rows, window_ends: [W] int32, row of every window that closes, and the number of tokens
     up to its end.
     cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
-    is_short: every row's context is so short that attending to all of it with a mask is faster.
+    is_short: contexts are so short that attending to all of them with a mask is faster.
     """
 
     first_token: int
@@ -69,11 +69,14 @@ class GpuPlan:
     cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P] and tail_slots: [B],
     None where branches share keys and values.
     counters: [2, Nd * HQ], zero between kernels: programs of a decode row count their arrivals.
+    decode_shape: rows and pages that the decode kernels are cut for, at least Nd and P. What is
+    compiled for them depends on these two and not on Nd and P.
     use_pdl: launch the decode kernels early, each waiting on the device for the one before.
     """
 
     branches: Branches
     num_decode_rows: int
+    decode_shape: tuple[int, int]
     seq_lens: Tensor
     page_table: Tensor
     cu_seqlens_q: Tensor
@@ -135,11 +138,12 @@ def plan_attention(
             cu_blocks=sent["cu_blocks"],
             num_blocks=int(host["cu_blocks"][-1]),
             score_chunks=score_chunks,
-            is_short=int(meta.seq_lens[num_decode_rows:].max()) <= short_context(spec),
+            is_short=float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
         )
     return GpuPlan(
         branches=branches or Branches(),
         num_decode_rows=num_decode_rows,
+        decode_shape=(num_decode_rows, meta.page_table.shape[1]),
         seq_lens=sent["seq_lens"],
         page_table=sent["page_table"],
         cu_seqlens_q=sent["cu_seqlens_q"],
@@ -176,6 +180,7 @@ def plan_decode(
     return GpuPlan(
         branches=branches,
         num_decode_rows=num_rows,
+        decode_shape=(num_rows, page_table.shape[1]),
         seq_lens=seq_lens,
         page_table=page_table,
         cu_seqlens_q=index,
@@ -201,6 +206,11 @@ def num_multiprocessors(device: torch.device) -> int:
 def has_dependent_launch(device: torch.device) -> bool:
     """Whether a kernel may be launched while the one before it still runs (Hopper and later)."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device's kernels convert to and from FP8; Triton's interpreter does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def _send(host: dict[str, npt.NDArray[np.integer]], device: torch.device) -> dict[str, Tensor]:

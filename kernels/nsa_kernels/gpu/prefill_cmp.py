@@ -162,6 +162,8 @@ def prefill_cmp(
         q,
         cache.k_cmp,
         cache.v_cmp,
+        cache.k_scale,
+        cache.v_scale,
         tile_rows,
         tile_starts,
         cu_seqlens_q,
@@ -264,6 +266,8 @@ def _prefill_cmp_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     tile_rows_ptr,
     tile_starts_ptr,
     cu_seqlens_q_ptr,
@@ -339,6 +343,8 @@ def _prefill_cmp_kernel(
     if BLOCK_D2 > 0:
         offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
         q2 = _load_tile(q_rows, offs_d2, mask_m, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
+    if k_scale_ptr is not None:
+        scale *= tl.load(k_scale_ptr + kv_head)
     # Rows of the output: the tile's first in 64 bits, the others from there in 32 if those do.
     NUM_HEADS: tl.constexpr = NUM_KV_HEADS * GROUP_SIZE
     out_row = (start - first_token).to(tl.int64) * NUM_HEADS + kv_head * GROUP_SIZE
@@ -389,10 +395,11 @@ def _prefill_cmp_kernel(
         page_row = (page.to(tl.int64) if WIDE else page) * (NUM_KV_HEADS * ENTRIES)
         key_row = (page_row + slot).to(tl.int64)
         k_rows = k_ptr + key_row * HEAD_DIM
-        k = _load_tile(k_rows, offs_d, mask_n, HEAD_DIM, BLOCK_D, True)
+        k = _load_tile(k_rows, offs_d, mask_n, HEAD_DIM, BLOCK_D, True).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if BLOCK_D2 > 0:
             k2 = _load_tile(k_rows, offs_d2, mask_n, HEAD_DIM, BLOCK_D + BLOCK_D2, True)
+            k2 = k2.to(q.dtype)
             s = tl.dot(q2, tl.trans(k2), s, input_precision=PRECISION)
         if (step >= full_end) | (step < HAS_HEAD):
             seen = mask_n[None, :] & (entry[None, :] < visible[:, None])
@@ -412,7 +419,7 @@ def _prefill_cmp_kernel(
             units = tl.dot(p.to(P_DTYPE), weights, input_precision=PRECISION)
         if WITH_OUTPUT:
             v_rows = v_ptr + key_row * V_HEAD_DIM
-            v = _load_tile(v_rows, offs_dv, mask_n, V_HEAD_DIM, BLOCK_DV, True)
+            v = _load_tile(v_rows, offs_dv, mask_n, V_HEAD_DIM, BLOCK_DV, True).to(q.dtype)
             acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         if WITH_SCORES:
             # Relative to the tile's own maximum: beside an attention sink, what the running
@@ -434,6 +441,8 @@ def _prefill_cmp_kernel(
     tl.store(lse2_ptr + out_row + offs_row, lse2, mask=mask_m)
     if WITH_OUTPUT:
         acc = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+        if v_scale_ptr is not None:
+            acc *= tl.load(v_scale_ptr + kv_head)
         tl.store(
             o_ptr + out_row * V_HEAD_DIM + (offs_row * V_HEAD_DIM)[:, None] + offs_dv[None, :],
             acc.to(o_ptr.dtype.element_ty),

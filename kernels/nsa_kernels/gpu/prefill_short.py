@@ -25,13 +25,14 @@ from nsa_kernels.torch_ops import Gates
 # Blocks whose choice is one bit of an int32 a query.
 WORD_BLOCKS = tl.constexpr(32)
 # The time of `prefill_slc` grows with the blocks a query chooses, that of this kernel with the
-# context; they are equal at about so many tokens of context for each block. Measured.
-SHORT_TOKENS_PER_BLOCK = 256
+# keys it sees; they are equal at about so many keys, in the mean over queries, for each block. An
+# H200 had 1500 (32 heads of 64) and 2000 (64 heads of 128) for 16 blocks.
+SHORT_KEYS_PER_BLOCK = 96
 
 
 def short_context(spec: NSASpec) -> int:
-    """Return the longest context, in tokens, for which this kernel is the faster one."""
-    return SHORT_TOKENS_PER_BLOCK * spec.num_selected_blocks
+    """Return the mean number of keys before a query up to which this kernel is the faster one."""
+    return SHORT_KEYS_PER_BLOCK * spec.num_selected_blocks
 
 
 def default_tuning(head_dim: int, v_head_dim: int, dtype: torch.dtype) -> SwaTuning:
@@ -43,11 +44,13 @@ def default_tuning(head_dim: int, v_head_dim: int, dtype: torch.dtype) -> SwaTun
     return SwaTuning(block_n=64, num_warps=8, num_stages=2, max_registers=128)
 
 
-@triton.jit(do_not_specialize=["first_token", "num_pages"])
+@triton.jit(do_not_specialize=["first_token", "num_pages", "stride_table"])
 def _prefill_short_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     block_indices_ptr,
     o_cmp_ptr,
     o_swa_ptr,
@@ -123,6 +126,8 @@ def _prefill_short_kernel(
     chosen_ptrs = block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :]
     chosen_mask = in_rows[:, None] & (offs_s < NUM_SELECTED)[None, :]
 
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head)
     m_i = tl.full([BLOCK_Q * BLOCK_H], -1e30, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_Q * BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_DV], dtype=tl.float32)
@@ -155,20 +160,20 @@ def _prefill_short_kernel(
                 k_rows + offs_d[:, None],
                 mask=in_tile[None, :] & (offs_d < HEAD_DIM)[:, None],
                 other=0.0,
-            )
+            ).to(q.dtype)
             s = tl.dot(q, k, input_precision="ieee")
             if BLOCK_D2 > 0:
                 k2 = tl.load(
                     k_rows + offs_d2[:, None],
                     mask=in_tile[None, :] & (offs_d2 < HEAD_DIM)[:, None],
                     other=0.0,
-                )
+                ).to(q.dtype)
                 s = tl.dot(q2, k2, s, input_precision="ieee")
             v = tl.load(
                 v_ptr + base * V_DIM + offsets[:, None] * V_DIM + offs_dv[None, :],
                 mask=in_tile[:, None] & (offs_dv < V_DIM)[None, :],
                 other=0.0,
-            )
+            ).to(q.dtype)
             block = (key - word_start) // PAGE_SIZE
             visible = ((word[:, None] >> block[None, :]) & 1) > 0
             if start + BLOCK_N > first + 1:
@@ -186,6 +191,8 @@ def _prefill_short_kernel(
     gate_offset = tokens.to(tl.int64) * stride_gate_t + heads * stride_gate_h
     gate = _gate(gates_ptr, g_slc, gate_offset + stride_gate_branch, in_rows, SIGMOID_GATES)
     # Rows beyond the tile's tokens are not stored; their sum may be 0.
+    if v_scale_ptr is not None:
+        gate *= tl.load(v_scale_ptr + kv_head)
     o = acc * (gate / tl.where(l_i > 0, l_i, 1.0))[:, None]
     mask = in_rows[:, None] & (offs_dv < V_DIM)[None, :]
     branch_rows = tokens.to(tl.int64) * stride_branch_t + heads * stride_branch_h
@@ -251,6 +258,8 @@ def prefill_short(
         q,
         cache.k,
         cache.v,
+        cache.k_scale,
+        cache.v_scale,
         block_indices,
         o_cmp,
         o_swa,

@@ -221,13 +221,15 @@ def _launch_forced(
         q,
         cache.k,
         cache.v,
+        cache.k_scale,
+        cache.v_scale,
         partial,
         partial_lse2,
         token_rows,
         positions,
         seq_lens,
         page_table,
-        page_table.shape[1],
+        page_table.stride(0),
         cache.k.shape[0],
         first_token,
         num_tokens,
@@ -275,6 +277,8 @@ def _launch_free(
         q,
         cache.k,
         cache.v,
+        cache.k_scale,
+        cache.v_scale,
         partial,
         partial_lse2,
         index.lists,
@@ -337,6 +341,8 @@ def _forced_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     partial_ptr,
     partial_lse2_ptr,
     token_rows_ptr,
@@ -379,6 +385,8 @@ def _forced_attention_kernel(
     position = tl.load(positions_ptr + step_token, mask=local <= last, other=0)
     q_offs = step_token.to(tl.int64) * stride_qt + (pid_head * GROUP_SIZE + member) * stride_qh
     q = _load_rows(q_ptr, q_offs, mask_r, offs_d, HEAD_DIM, BLOCK_D)
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + pid_head)
 
     m_i = tl.full((BLOCK_Q * BLOCK_H,), -float("inf"), tl.float32)
     l_i = tl.zeros((BLOCK_Q * BLOCK_H,), tl.float32)
@@ -424,6 +432,7 @@ def _forced_attention_kernel(
                 k_ptr + base * HEAD_DIM, offs * HEAD_DIM, mask_n, offs_d, HEAD_DIM, BLOCK_D
             )
             v = _load_rows(v_ptr + base * V_DIM, offs * V_DIM, mask_n, offs_dv, V_DIM, BLOCK_DV)
+            k, v = k.to(q.dtype), v.to(q.dtype)
             low_key = tl.where(is_init, 0, first_local)
             high_key = tl.minimum(last_key, tl.where(is_init, init_end - 1, end))
             visible = (key[None, :] >= low_key[:, None]) & (key[None, :] <= high_key[:, None])
@@ -432,6 +441,8 @@ def _forced_attention_kernel(
     # Only padding has no keys: acc is 0 there, and m_i is -inf.
     l_i = tl.where(l_i > 0.0, l_i, 1.0)
     acc = acc * (1.0 / l_i)[:, None]
+    if v_scale_ptr is not None:
+        acc *= tl.load(v_scale_ptr + pid_head)
     lse2 = m_i + tl.log2(l_i)
     out_row = (local.to(tl.int64) * num_heads + pid_head) * (NUM_PARTIALS * GROUP_SIZE) + member
     _store_rows(partial_ptr, out_row * V_DIM, mask_r, offs_dv, acc, V_DIM, BLOCK_DV)
@@ -443,6 +454,8 @@ def _free_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     partial_ptr,
     partial_lse2_ptr,
     lists_ptr,
@@ -485,9 +498,13 @@ def _free_attention_kernel(
     offs_d, offs_dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     block_row = (page * NUM_KV_HEADS + kv_head) * PAGE_SIZE
     mask_n = offs_n < PAGE_SIZE
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head)
+        v_scale = tl.load(v_scale_ptr + kv_head)
     if IS_RESIDENT:
         k = _load_rows(k_ptr, (block_row + offs_n) * HEAD_DIM, mask_n, offs_d, HEAD_DIM, BLOCK_D)
         v = _load_rows(v_ptr, (block_row + offs_n) * V_DIM, mask_n, offs_dv, V_DIM, BLOCK_DV)
+        k, v = k.to(q_ptr.dtype.element_ty), v.to(q_ptr.dtype.element_ty)
     # Base addresses of this KV head's share of the first token, and offsets that fit 32 bits.
     offs_r = tl.arange(0, BLOCK_Q * BLOCK_H)
     member = offs_r % BLOCK_H
@@ -534,8 +551,11 @@ def _free_attention_kernel(
                 offs = block_row + start + offs_n
                 k_n = _load_rows(k_ptr, offs * HEAD_DIM, mask_n, offs_d, HEAD_DIM, BLOCK_D)
                 v_n = _load_rows(v_ptr, offs * V_DIM, mask_n, offs_dv, V_DIM, BLOCK_DV)
+                k_n, v_n = k_n.to(q.dtype), v_n.to(q.dtype)
                 m_i, l_i, acc = _attend(q, k_n, v_n, visible, scale_log2, m_i, l_i, acc)
         acc = acc * (1.0 / l_i)[:, None]
+        if v_scale_ptr is not None:
+            acc *= v_scale
         out_offs = token * (token_rows * V_DIM) + (part * GROUP_SIZE + member) * V_DIM
         _store_rows(partial_ptr, out_offs, mask_r, offs_dv, acc, V_DIM, BLOCK_DV)
         lse2_offs = token * token_rows + part * GROUP_SIZE + member

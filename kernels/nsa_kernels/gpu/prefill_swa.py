@@ -59,11 +59,14 @@ def _load_pages(
     return page
 
 
-@triton.jit
+# What changes from step to step must not compile the kernel anew.
+@triton.jit(do_not_specialize=["stride_table", "num_pages"])
 def _prefill_swa_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
     out_ptr,
     tile_rows_ptr,
     tile_starts_ptr,
@@ -119,6 +122,8 @@ def _prefill_swa_kernel(
             other=0.0,
         )
 
+    if k_scale_ptr is not None:
+        scale_log2 *= tl.load(k_scale_ptr + kv_head)
     m_i = tl.full([BLOCK_Q * BLOCK_H], -1e30, dtype=tl.float32)
     l_i = tl.zeros([BLOCK_Q * BLOCK_H], dtype=tl.float32)
     acc = tl.zeros([BLOCK_Q * BLOCK_H, BLOCK_DV], dtype=tl.float32)
@@ -145,20 +150,20 @@ def _prefill_swa_kernel(
             k_rows + offs_d[:, None],
             mask=in_tile[None, :] & (offs_d < HEAD_DIM)[:, None],
             other=0.0,
-        )
+        ).to(q.dtype)
         s = tl.dot(q, k, input_precision="ieee")
         if BLOCK_D2 > 0:
             k2 = tl.load(
                 k_rows + offs_d2[:, None],
                 mask=in_tile[None, :] & (offs_d2 < HEAD_DIM)[:, None],
                 other=0.0,
-            )
+            ).to(q.dtype)
             s = tl.dot(q2, k2, s, input_precision="ieee")
         v = tl.load(
             v_ptr + base * V_DIM + offsets[:, None] * V_DIM + offs_dv[None, :],
             mask=in_tile[:, None] & (offs_dv < V_DIM)[None, :],
             other=0.0,
-        )
+        ).to(q.dtype)
         # Only tiles that reach over an edge of some query's window need the mask.
         if (start <= last - WINDOW) | (start + BLOCK_N > first + 1):
             distance = positions[:, None] - key[None, :]
@@ -174,6 +179,8 @@ def _prefill_swa_kernel(
 
     # Rows beyond the tile's tokens are not stored; their sum may be 0.
     o = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    if v_scale_ptr is not None:
+        o *= tl.load(v_scale_ptr + kv_head)
     o_rows = out_ptr + tokens.to(tl.int64)[:, None] * stride_ot + heads[:, None] * stride_oh
     tl.store(
         o_rows + offs_dv[None, :],
@@ -226,6 +233,8 @@ def prefill_swa(
         q,
         k,
         v,
+        cache.k_scale,
+        cache.v_scale,
         out,
         tile_rows,
         tile_starts,

@@ -486,7 +486,7 @@ def select_row(
             _store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=["positions_ptr"])
 def _prefill_select_kernel(
     units_ptr,
     spill_ptr,

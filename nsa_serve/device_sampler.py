@@ -1,0 +1,231 @@
+"""Sampling on a GPU: the rules of `sampler`, without waiting for the device.
+
+Tokens stay in `DeviceSampler.token_ids`, where the next step reads them, and come to the host
+through a `SampleHandle`.
+
+Shapes: R rows, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsa_kernels.gpu.sampling import NUM_PARAMS, SamplingWorkspace, sample_tokens
+from nsa_serve.device_edits import LogitEditor
+from nsa_serve.logprobs import PendingLogprobs, record_event, to_device, to_host
+from nsa_serve.request import Request, SamplingParams
+from nsa_serve.sampler import SamplingFailure, failure_of, needs_history, uniform
+from nsa_serve.scheduler_output import SampledToken
+from nsa_serve.structured.masks import StepMasks
+
+# Steps whose parameters may be on their way to the device at once.
+_NUM_BUFFERS = 3
+
+
+class PromptScores(PendingLogprobs):
+    """Log-probabilities of the tokens of a prompt: logits [N, V], a target and entry for each."""
+
+    def __init__(self, logits: Tensor, targets: Sequence[int], num_top: int) -> None:
+        super().__init__(logits, torch.tensor(targets, dtype=torch.int64), num_top)
+
+
+class DeviceSampler:
+    """Turns logits on a device into tokens there.
+
+    eos_token_ids: what `min_tokens` holds back besides a request's own stop_token_ids.
+    token_ids: int64 [max_num_rows] on the device, the tokens of the last step.
+    """
+
+    def __init__(
+        self,
+        eos_token_ids: Sequence[int],
+        *,
+        vocab_size: int,
+        max_num_rows: int,
+        device: torch.device,
+    ) -> None:
+        self.max_num_rows = max_num_rows
+        self.token_ids = torch.zeros(max_num_rows, dtype=torch.int64, device=device)
+        self._peaks = torch.zeros(max_num_rows, dtype=torch.float32, device=device)
+        # All 0: greedy rows.
+        self._params = torch.zeros(NUM_PARAMS, max_num_rows, dtype=torch.float64, device=device)
+        self._workspace = SamplingWorkspace.create(max_num_rows, vocab_size, device)
+        self._editor = LogitEditor(
+            eos_token_ids, vocab_size=vocab_size, max_num_rows=max_num_rows, device=device
+        )
+        is_cuda = device.type == "cuda"
+        self._buffers = [
+            torch.zeros(self._params.shape, dtype=torch.float64, pin_memory=is_cuda)
+            for _ in range(_NUM_BUFFERS)
+        ]
+        self._events: list[torch.cuda.Event | None] = [None] * _NUM_BUFFERS
+        self._next_buffer = 0
+        # What the device has: nothing needs to be copied while all rows stay greedy.
+        self._has_drawn = False
+
+    def needs_history(self, requests: Sequence[Request]) -> bool:
+        """Return whether some choice depends on its request's output so far."""
+        return any(needs_history(request) for request in requests)
+
+    def is_greedy(self, requests: Sequence[Request]) -> bool:
+        """Return whether `run_kernels(..., is_greedy=True)` does for these rows."""
+        return all(request.params.is_greedy for request in requests)
+
+    def launch(
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        positions: Sequence[int],
+        masks: StepMasks | None = None,
+        *,
+        run: Callable[[], None] | None = None,
+    ) -> "SampleHandle":
+        """Queue all that chooses a token for each of the R rows.
+
+        logits: float32 [R, V], row i for `requests[i]`; they are overwritten. positions: which of
+        its output tokens each row yields, from 0. masks: what grammars allow. run: what runs the
+        kernels for these very logits; default: `run_kernels`.
+        """
+        raw = self._reported_logits(logits, requests)
+        self.edit(logits, requests, positions, masks)
+        self.prepare(requests, positions)
+        if run is None:
+            self.run_kernels(logits, len(requests), is_greedy=self.is_greedy(requests))
+        else:
+            run()
+        return self.collect(requests, raw, masks)
+
+    def edit(
+        self,
+        logits: Tensor,
+        requests: Sequence[Request],
+        positions: Sequence[int],
+        masks: StepMasks | None = None,
+    ) -> None:
+        """Queue logit bias, penalties and exclusions; nothing when no row has any."""
+        self._editor.apply(logits, requests, positions, masks)
+
+    def prepare(self, requests: Sequence[Request], positions: Sequence[int]) -> None:
+        """Queue the copy of parameters and random numbers; rows beyond the requests are greedy."""
+        if len(requests) > self.max_num_rows:
+            raise ValueError(
+                f"at most {self.max_num_rows} rows can be sampled, got {len(requests)}"
+            )
+        has_drawn = not self.is_greedy(requests)
+        if not has_drawn and not self._has_drawn:
+            return
+        self._has_drawn = has_drawn
+        index, self._next_buffer = self._next_buffer, (self._next_buffer + 1) % _NUM_BUFFERS
+        event = self._events[index]
+        if event is not None:
+            event.synchronize()
+        buffer = self._buffers[index]
+        host = buffer.numpy()  # [NUM_PARAMS, max_num_rows]
+        host.fill(0.0)
+        columns = [
+            _row_params(request, position)
+            for request, position in zip(requests, positions, strict=True)
+        ]
+        host.T[: len(columns)] = columns
+        self._params.copy_(buffer, non_blocking=True)
+        self._events[index] = record_event(self._params.device)
+
+    def run_kernels(self, logits: Tensor, num_rows: int, *, is_greedy: bool = False) -> None:
+        """Launch the kernels on static buffers: what a CUDA graph may hold.
+
+        logits: float32 [>= num_rows, V]. is_greedy: leave out what greedy rows do not need.
+        """
+        sample_tokens(
+            logits[:num_rows],
+            self._params,
+            self.token_ids,
+            self._peaks,
+            workspace=self._workspace,
+            is_greedy=is_greedy,
+        )
+
+    def collect(
+        self,
+        requests: Sequence[Request],
+        raw_logits: Tensor | None = None,
+        masks: StepMasks | None = None,
+    ) -> "SampleHandle":
+        """Queue the copy of the step's tokens to the host.
+
+        raw_logits: the model's own, float32, of the rows that report log-probabilities.
+        """
+        num_rows = len(requests)
+        logprobs = None
+        if raw_logits is not None:
+            rows = _reported_rows(requests)
+            index = to_device(torch.tensor(rows), self.token_ids.device)
+            tops = [requests[row].params.logprobs or 0 for row in rows]
+            logprobs = PendingLogprobs(raw_logits, self.token_ids.index_select(0, index), tops)
+        return SampleHandle(
+            list(requests),
+            to_host(self.token_ids[:num_rows]),
+            to_host(self._peaks[:num_rows]),
+            logprobs,
+            masks,
+            record_event(self.token_ids.device),
+        )
+
+    def _reported_logits(self, logits: Tensor, requests: Sequence[Request]) -> Tensor | None:
+        rows = _reported_rows(requests)
+        if not rows:
+            return None
+        return logits.index_select(0, to_device(torch.tensor(rows), logits.device))
+
+
+@dataclass(frozen=True, slots=True)
+class SampleHandle:
+    """The tokens of a step that come to the host: token_ids int64 [R], peaks float32 [R]."""
+
+    requests: list[Request]
+    token_ids: Tensor
+    peaks: Tensor
+    logprobs: PendingLogprobs | None
+    masks: StepMasks | None
+    event: torch.cuda.Event | None
+
+    def result(self) -> list[SampledToken | SamplingFailure]:
+        """Wait for this step alone; return a token a row, or why there is none."""
+        if self.event is not None:
+            self.event.synchronize()
+        entries = {}
+        if self.logprobs is not None:
+            rows = _reported_rows(self.requests)
+            entries = dict(zip(rows, self.logprobs.result(), strict=True))
+        failures = {} if self.masks is None else self.masks.failures
+        results: list[SampledToken | SamplingFailure] = []
+        tokens = zip(self.requests, self.token_ids.tolist(), self.peaks.tolist(), strict=True)
+        for row, (request, token_id, peak) in enumerate(tokens):
+            failure = failures.get(row)
+            if failure is not None:
+                results.append(SamplingFailure(failure.message, failure.is_request_fault))
+            elif math.isfinite(peak):
+                results.append(SampledToken(token_id, entries.get(row)))
+            else:
+                results.append(failure_of(request.params, peak))
+        return results
+
+
+def _reported_rows(requests: Sequence[Request]) -> list[int]:
+    return [row for row, item in enumerate(requests) if item.params.logprobs is not None]
+
+
+def _row_params(request: Request, position: int) -> tuple[float, float, float, float, float]:
+    """Return a column of `sample_tokens`'s params."""
+    params: SamplingParams = request.params
+    if params.is_greedy:
+        return (0.0, 0.0, 1.0, 0.0, 0.0)
+    return (
+        params.temperature,
+        max(params.top_k, 0),
+        params.top_p,
+        params.min_p,
+        uniform(request.sampling_seed, position),
+    )

@@ -1,0 +1,122 @@
+"""The decoder by PyTorch's operators, with oneDNN's linears: the CPU path.
+
+T tokens of the step, R rows whose logits are wanted.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache
+from nsa_serve.config import ModelConfig
+from nsa_serve.models.device_weights import Weights
+from nsa_serve.models.layers import GatedMLP, Linear, RMSNorm, RotaryEmbedding
+from nsa_serve.models.nsa_attention import NSAAttention
+from nsa_serve.models.weight_shapes import EMBEDDING, FINAL_NORM, LM_HEAD
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP around a plain residual stream."""
+
+    def __init__(self, attn_norm: RMSNorm, attn: NSAAttention, mlp_norm: RMSNorm, mlp: GatedMLP):
+        super().__init__()
+        self.attn_norm = attn_norm
+        self.attn = attn
+        self.mlp_norm = mlp_norm
+        self.mlp = mlp
+
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], cache: LayerCache, plan: AttnPlan
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = self.attn(self.attn_norm(x), x, rotary, cache, plan)
+        result: Tensor = self.mlp(self.mlp_norm(x), x)
+        return result
+
+
+class TorchDecoder(nn.Module):
+    """Embedding, layers, final norm and head.
+
+    weights: by canonical name, emptied as they are taken, so that the unfused originals do not
+    stay in memory beside the fused matrices.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, *, max_positions: int) -> None:
+        super().__init__()
+        self.embedding = weights.pop(EMBEDDING)
+        self.layers = nn.ModuleList(
+            _make_layer(config, weights, f"model.layers.{i}.") for i in range(config.num_layers)
+        )
+        self.norm = RMSNorm(weights.pop(FINAL_NORM), config.rms_norm_eps)
+        head = self.embedding if config.tie_word_embeddings else weights.pop(LM_HEAD)
+        self.lm_head = Linear(head)
+        self.rotary = RotaryEmbedding(
+            config.head_dim,
+            config.rope_theta,
+            config.rope_scaling,
+            max_positions,
+            dtype=self.embedding.dtype,
+        )
+
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, plan: AttnPlan, caches: list[LayerCache]
+    ) -> Tensor:
+        """Return hidden states [T, hidden] before the final norm."""
+        x = F.embedding(input_ids, self.embedding)
+        rotary = self.rotary.at(positions)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x = layer(x, rotary, cache, plan)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden] -> [R, vocab_size] fp32."""
+        result: Tensor = self.lm_head(self.norm(hidden)).float()
+        return result
+
+
+def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLayer:
+    attn, mlp = prefix + "self_attn.", prefix + "mlp."
+    parts = [attn + "q_proj", attn + "k_proj", attn + "v_proj"]
+    if config.nsa.gate == "linear":
+        parts.append(attn + "g_proj")
+    compression = None
+    if config.nsa.compression == "mlp":
+        compression = (
+            _make_compression(weights, attn + "cmp_k."),
+            _make_compression(weights, attn + "cmp_v."),
+        )
+    eps = config.rms_norm_eps
+    return DecoderLayer(
+        RMSNorm(weights.pop(prefix + "input_layernorm.weight"), eps),
+        NSAAttention(
+            config,
+            _fused_linear(weights, parts),
+            _fused_linear(weights, [attn + "o_proj"]),
+            compression,
+        ),
+        RMSNorm(weights.pop(prefix + "post_attention_layernorm.weight"), eps),
+        GatedMLP(
+            _fused_linear(weights, [mlp + "gate_proj"]),
+            _fused_linear(weights, [mlp + "up_proj"]),
+            _fused_linear(weights, [mlp + "down_proj"]),
+        ),
+    )
+
+
+def _fused_linear(weights: Weights, names: list[str]) -> Linear:
+    """Stack projections of one input; where only some have a bias, the others get zeros."""
+    matrices = [weights.pop(name + ".weight") for name in names]
+    biases = [weights.pop(name + ".bias", None) for name in names]
+    bias = None
+    if any(b is not None for b in biases):
+        filled = [
+            matrix.new_zeros(matrix.shape[0]) if b is None else b
+            for matrix, b in zip(matrices, biases, strict=True)
+        ]
+        bias = torch.cat(filled)
+    return Linear(matrices[0] if len(matrices) == 1 else torch.cat(matrices), bias)
+
+
+def _make_compression(weights: Weights, prefix: str) -> CompressionMLP:
+    names = ("pos", "fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+    return CompressionMLP(*(weights.pop(prefix + name) for name in names))
