@@ -7,7 +7,7 @@ PIP_ARGS ?=
 MODEL ?= smollm2-135m-nsa
 ARGS ?=
 
-.PHONY: serve test check fmt bench build clean install install-dev
+.PHONY: serve test check fmt bench bench-gpu build clean install install-dev
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -46,6 +46,18 @@ fmt: install-dev
 
 bench: install-dev
 	$(BIN)/python benchmarks/cpu.py $(ARGS)
+
+# On the machine with the GPU: docs/performance.md has the figures of an H200.
+RESULTS := benchmarks/results
+bench-gpu: install-dev
+	for model in a b; do \
+	  $(BIN)/python benchmarks/gpu_decode.py --model $$model --out $(RESULTS)/gpu-decode-$$model.json $(ARGS) && \
+	  $(BIN)/python benchmarks/gpu_profile.py --model $$model --out $(RESULTS)/gpu-profile-$$model.json $(ARGS) || exit; \
+	done
+	$(BIN)/python benchmarks/serve.py --out $(RESULTS)/gpu-serve-a.json --plot $(RESULTS)/gpu-serve-a.png $(ARGS)
+	$(BIN)/python benchmarks/gpu_start.py --out $(RESULTS)/gpu-start-b.json $(ARGS)
+	$(BIN)/python benchmarks/gpu_fla.py --out $(RESULTS)/gpu-fla.json $(ARGS)
+	$(BIN)/python benchmarks/report.py
 
 build: install-dev
 	$(BIN)/pip wheel --quiet --no-deps --wheel-dir dist .

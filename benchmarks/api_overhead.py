@@ -144,6 +144,7 @@ class StubEngine(AsyncEngine):
             num_parameters=0,
             weight_bytes=0,
             max_model_len=2 * MAX_TOKENS,
+            max_num_seqs=NUM_STREAMS,
             vocab_size=self._tokenizer.vocab_size,
             page_size=64,
             num_pages=1,

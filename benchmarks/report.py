@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from report_api import api_section
+from report_gpu import gpu_section
 from report_kernels import kernel_section
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +102,8 @@ def write_report() -> None:
     cpu = RESULTS / "cpu.json"
     if cpu.is_file():
         parts.append(cpu_section(json.loads(cpu.read_text())))
-    parts += [api_section(RESULTS), kernel_section(RESULTS)]
+    sections = (api_section, gpu_section, kernel_section)
+    parts += [text for section in sections if (text := section(RESULTS))]
     (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
 
 

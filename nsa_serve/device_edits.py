@@ -7,7 +7,7 @@ it again in its tokens, so that a preemption does not matter.
 Shapes: R rows, V vocabulary, W = ceil(V / 32) words of a mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,8 +49,14 @@ class LogitEditor:
         self._seen, self._allowed = logit_edits.new_tables(
             max_num_rows, _LEAST_CAPACITY, vocab_size, device
         )
-        self._free_slots = list(range(max_num_rows))
+        self._max_num_rows = max_num_rows
         self._known: dict[str, _RequestEdits] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Forget what the device knows of requests; it is told anew."""
+        self._known.clear()
+        self._free_slots = list(range(self._max_num_rows))
 
     def apply(
         self,
@@ -63,8 +69,8 @@ class LogitEditor:
 
         positions: which token of its output each row chooses, from 0. masks: what grammars allow.
         """
-        rows = self._edited_rows(requests)
         grammar_rows = {} if masks is None else {row: i for i, row in enumerate(masks.rows)}
+        rows = self._edited_rows(requests, grammar_rows)
         packing = _Packing(len(rows), self._num_words)
         has_masks = bool(grammar_rows)
         for index, (row, edits) in enumerate(rows):
@@ -87,14 +93,31 @@ class LogitEditor:
                 has_masks=has_masks,
             )
 
-    def _edited_rows(self, requests: Sequence[Request]) -> list[tuple[int, "_RequestEdits"]]:
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile the kernel with an edit of row 0 that changes nothing."""
+        packing = _Packing(1, self._num_words)
+        fields = packing.fields[0]
+        for name in (logit_edits.SEEN_SLOT, logit_edits.MASK_FIRST, logit_edits.ALLOWED_SLOT):
+            fields[name] = logit_edits.ABSENT
+        logit_edits.edit_logits(
+            logits,
+            to_device(torch.from_numpy(packing.joined()), self._device),
+            1,
+            seen=self._seen,
+            allowed=self._allowed,
+            has_masks=False,
+        )
+
+    def _edited_rows(
+        self, requests: Sequence[Request], masked_rows: Container[int]
+    ) -> list[tuple[int, "_RequestEdits"]]:
         """Return the rows with edits, and forget requests that are not among these."""
         gone = self._known
         known: dict[str, _RequestEdits] = {}
         fresh: list[_RequestEdits] = []
         rows = []
         for row, request in enumerate(requests):
-            if not has_edits(request):
+            if row not in masked_rows and not has_edits(request):
                 continue
             edits = gone.get(request.request_id)
             if edits is not None and edits.request is request:
@@ -139,11 +162,10 @@ class LogitEditor:
 
 
 def has_edits(request: Request) -> bool:
-    """Return whether a request may change its logits in some step."""
+    """Return whether a request may change its logits in some step, other than by a grammar."""
     params = request.params
     return (
-        request.matcher is not None
-        or bool(params.logit_bias)
+        bool(params.logit_bias)
         or params.allowed_token_ids is not None
         or bool(params.bad_words)
         or params.min_tokens > 0

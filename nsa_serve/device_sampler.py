@@ -90,8 +90,8 @@ class DeviceSampler:
         kernels for these very logits; default: `run_kernels`.
         """
         raw = self._reported_logits(logits, requests)
-        self.edit(logits, requests, positions, masks)
         self.prepare(requests, positions)
+        self.edit(logits, requests, positions, masks)
         if run is None:
             self.run_kernels(logits, len(requests), is_greedy=self.is_greedy(requests))
         else:
@@ -129,7 +129,8 @@ class DeviceSampler:
             _row_params(request, position)
             for request, position in zip(requests, positions, strict=True)
         ]
-        host.T[: len(columns)] = columns
+        if columns:
+            host.T[: len(columns)] = columns
         self._params.copy_(buffer, non_blocking=True)
         self._events[index] = record_event(self._params.device)
 
@@ -146,6 +147,19 @@ class DeviceSampler:
             workspace=self._workspace,
             is_greedy=is_greedy,
         )
+
+    def warm_up(self, logits: Tensor) -> None:
+        """Compile every kernel, also those that few requests need.
+
+        logits: float32 [>= 1, V], of any content; what `token_ids` has is lost.
+        """
+        for is_greedy in (True, False):
+            self.run_kernels(logits, 1, is_greedy=is_greedy)
+        self._editor.warm_up(logits)
+
+    def forget(self) -> None:
+        """Forget what the device knows of requests; it is told anew."""
+        self._editor.forget()
 
     def collect(
         self,

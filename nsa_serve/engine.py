@@ -212,6 +212,7 @@ class Engine:
             ):
                 self._run_all(batch)
             self._warm_up_grammars()
+            self.runner.reset_counts()
         self._pipeline.reset_counts()
         self.pool.reset_prefix_cache()
         self.scheduler.num_preemptions_total = 0

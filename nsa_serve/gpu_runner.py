@@ -6,14 +6,15 @@ the host while that step runs.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nsa_kernels.gpu.decode_inputs import decode_inputs
+from nsa_kernels.gpu.linear import ROW_CLASSES
 from nsa_kernels.gpu.plan import GpuPlan, plan_decode
-from nsa_kernels.metadata import build_metadata
+from nsa_kernels.metadata import AttnMetadata, build_metadata
 from nsa_serve.batch import PromptSpan, build_batch
 from nsa_serve.config import EngineConfig
 from nsa_serve.cuda_graph import (
@@ -110,6 +111,10 @@ class GpuModelRunner:
         # By request id: which of the sampler's tokens is its newest.
         self._token_rows: dict[str, int] = {}
         # Steps that replayed a graph, and those that were launched kernel by kernel.
+        self.reset_counts()
+
+    def reset_counts(self) -> None:
+        """Count steps from here on."""
         self.num_graph_replays = 0
         self.num_eager_steps = 0
 
@@ -149,6 +154,12 @@ class GpuModelRunner:
             request.request_id: token for request, token in zip(step.requests, tokens, strict=True)
         }
 
+    def reset(self) -> None:
+        """Forget what steps have left behind, because some are taken back."""
+        self._token_rows = {}
+        self._buffers.forget()
+        self.sampler.forget()
+
     @torch.inference_mode()
     def warm_up(self) -> None:
         """Compile and load the kernels of prompts, whatever their length, and of mixed steps."""
@@ -162,6 +173,11 @@ class GpuModelRunner:
         while context < self._max_model_len:
             self._run_synthetic(0, [min(short, context)], context)
             context *= 2
+        # Linear layers are compiled for classes of rows.
+        for count in ROW_CLASSES:
+            if count <= most:
+                self._run_synthetic(0, [count], count, num_logit_rows=count)
+        self.sampler.warm_up(self._logits)
         torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
@@ -267,8 +283,7 @@ class GpuModelRunner:
             sources = [self._token_rows[item.request_id] for _, item in batch.pending_tokens]
             pair = self._to_device(torch.tensor((index, sources), dtype=torch.int64))
             input_ids.index_copy_(0, pair[0], self.sampler.token_ids.index_select(0, pair[1]))
-        plan = self.model.plan(batch.attn)
-        assert isinstance(plan, GpuPlan), "a model on a GPU plans for it"
+        plan = self._plan(batch.attn)
         hidden = self.model(input_ids, plan.positions, plan, self.cache.layers)
         self.num_eager_steps += 1
         requests = batch.sampling_requests
@@ -289,6 +304,14 @@ class GpuModelRunner:
             ],
         )
 
+    def _plan(self, meta: AttnMetadata) -> GpuPlan:
+        """Plan a step whose decode kernels are those of a bucket, which are compiled."""
+        plan = self.model.plan(meta)
+        assert isinstance(plan, GpuPlan), "a model on a GPU plans for it"
+        num_rows = least_at_least(self._row_buckets, plan.num_decode_rows)
+        num_pages = least_at_least(self._page_buckets, plan.page_table.shape[1])
+        return replace(plan, decode_shape=(num_rows, num_pages))
+
     def _score_prompt(self, hidden: Tensor, span: PromptSpan) -> list[PromptScores]:
         """Queue the log-probabilities of a span's prompt tokens."""
         num_top = span.request.params.prompt_logprobs or 0
@@ -300,7 +323,9 @@ class GpuModelRunner:
             scores.append(PromptScores(logits, targets, num_top))
         return scores
 
-    def _run_synthetic(self, num_decode_rows: int, query_lens: list[int], last: int) -> None:
+    def _run_synthetic(
+        self, num_decode_rows: int, query_lens: list[int], last: int, num_logit_rows: int = 1
+    ) -> None:
         """Run rows that end `last` tokens into their contexts; page 1 takes all they write."""
         starts = [last - num_tokens for num_tokens in query_lens]
         num_pages = -(-last // self._spec.block_size)
@@ -311,11 +336,10 @@ class GpuModelRunner:
             self._spec,
             num_decode_rows=num_decode_rows,
         )
-        plan = self.model.plan(meta)
-        assert isinstance(plan, GpuPlan), "a model on a GPU plans for it"
+        plan = self._plan(meta)
         input_ids = torch.zeros(sum(query_lens), dtype=torch.int64, device=self.device)
         hidden = self.model(input_ids, plan.positions, plan, self.cache.layers)
-        self.model.logits(hidden[:1])
+        self.model.logits(hidden[:num_logit_rows])
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -118,6 +118,10 @@ class ModelRunner:
             span.report(entries)
         return step.tokens
 
+    def reset(self) -> None:
+        """Forget what steps have left behind, because some are taken back."""
+        self._last_token_ids = {}
+
     def _score_prompt(self, hidden: Tensor, span: PromptSpan) -> list[TokenLogprobs]:
         """Return the log-probabilities of a span's prompt tokens."""
         num_top = span.request.params.prompt_logprobs or 0

@@ -110,6 +110,11 @@ class DecodeBuffers:
         """Return the pages of a request as an array, which a batch is laid out from faster."""
         return cast("Sequence[int]", self._page_rows.get(request))
 
+    def forget(self) -> None:
+        """Forget whose rows and pages the device has; the next step sends all of them."""
+        self._slots.clear()
+        self._page_rows = PageRows(len(self.seq_lens))
+
     def fill(self, rows: Sequence[ScheduledRow], sources: dict[str, int]) -> list[ScheduledRow]:
         """Send a step of decode rows; return them in the order of the page table's rows.
 

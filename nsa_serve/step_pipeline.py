@@ -43,6 +43,10 @@ class Runner(Protocol[StepT]):
 
     def result(self, step: StepT) -> dict[str, SampledToken | SamplingFailure]: ...
 
+    def reset(self) -> None:
+        """Forget what steps have left behind, because some are taken back."""
+        ...
+
 
 class StepPipeline(Generic[StepT]):
     """A scheduler and a runner, with at most one step in flight between two calls of `step`.
@@ -105,6 +109,7 @@ class StepPipeline(Generic[StepT]):
             elif launched is not None:
                 self._finish(launched)
         except BaseException:
+            self.runner.reset()
             while self._outstanding:
                 self.scheduler.discard(self._outstanding.pop())
             raise

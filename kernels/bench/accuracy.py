@@ -1,6 +1,7 @@
 """Accuracy: the operator's outputs and selections against fp32 arithmetic on the same inputs.
 
     python kernels/bench/accuracy.py [--quick] [--contexts 4096 16384] [--dtypes bf16]
+                                     [--cache-dtype fp8]
 
 Two ragged sequences go through a prefill in two chunks and a few decode steps, over caches that
 hold NaN wherever nothing was written. Outputs are compared given the blocks that the kernels chose
@@ -21,7 +22,7 @@ from typing import Any
 
 import oracle
 import torch
-from problem import DTYPES, GEOMETRIES, Heads
+from problem import CACHE_DTYPES, DTYPES, GEOMETRIES, Heads
 from timing import finish, make_parser
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def make_sequences(
         shape = (num_pages, kv_heads, tokens, width)
         cache = torch.full(shape, torch.nan, dtype=heads.dtype, device="cuda")
         cache[0] = 0
-        return cache
+        return cache.to(heads.cache_dtype or heads.dtype)
 
     size, entries = spec.block_size, spec.cmp_entries_per_page
     cache = LayerCache(
@@ -81,6 +82,8 @@ def make_sequences(
         poisoned(size, heads.v_head_dim),
         poisoned(entries, heads.head_dim),
         poisoned(entries, heads.v_head_dim),
+        k_scale=None if heads.cache_dtype is None else torch.ones(kv_heads, device="cuda"),
+        v_scale=None if heads.cache_dtype is None else torch.ones(kv_heads, device="cuda"),
     )
     return sequences, cache
 
@@ -212,6 +215,7 @@ def measure(geometry: str, heads: Heads, context: int, seed: int) -> list[dict[s
             worst.append(float((difference.norm(dim=1) / norms).max()))
             judged.append(judge_selection(expected, positions, spec))
         row = {"phase": phase, "geometry": geometry, "context": context, "dtype": str(heads.dtype)}
+        row |= {"cache_dtype": str(heads.cache_dtype or heads.dtype)}
         row |= {"head_dims": [heads.head_dim, heads.v_head_dim]}
         # A NaN must win over every number.
         row |= {"error": _worst(errors), "worst_token_error": _worst(worst)}
@@ -228,6 +232,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
+    parser.add_argument("--cache-dtype", default="auto", choices=CACHE_DTYPES)
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -235,14 +240,15 @@ def main() -> None:
     if args.quick:
         args.contexts = args.contexts[:1]
     torch.backends.cuda.matmul.allow_tf32 = False
+    cache_dtype = CACHE_DTYPES[args.cache_dtype]
     shapes = [
-        (geometry, Heads(dtype=DTYPES[dtype]), context)
+        (geometry, Heads(dtype=DTYPES[dtype], cache_dtype=cache_dtype), context)
         for geometry in args.geometries
         for dtype in args.dtypes
         for context in args.contexts
     ]
     if "paper" in args.geometries:
-        shapes.append(("paper", Heads(head_dim=192), args.contexts[0]))
+        shapes.append(("paper", Heads(head_dim=192, cache_dtype=cache_dtype), args.contexts[0]))
     print("phase, geometry, head dims, dtype, context, error, worst token | selection")
     rows = []
     for geometry, heads, context in shapes:

@@ -1,20 +1,22 @@
 """Decode: one token a row, the whole operator against dense attention and fla's NSA.
 
     python kernels/bench/decode.py [--quick] [--batches 1 8] [--contexts 8192] [--skip fla]
+                                   [--cache-dtype fp8]
 
 Everything runs from a CUDA graph over rotated input sets (timing.py). "floor" is the time that the
 bytes a decode step has to move take at the copy bandwidth of the same run; the peers' floor is
-that of dense attention. The bar is the fastest dense peer.
+that of dense attention. The bar is the fastest dense peer; with an FP8 cache there is none.
 """
 
 import functools
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import peers
 import torch
 from problem import (
+    CACHE_DTYPES,
     GEOMETRIES,
     Heads,
     Problem,
@@ -67,6 +69,7 @@ def measure_operator(
     moved = decode_bytes(GEOMETRIES[geometry], heads, batch, context)
     row: dict[str, Any] = {
         "geometry": geometry,
+        "cache_dtype": str(heads.cache_dtype or heads.dtype),
         "head_dims": [heads.head_dim, heads.v_head_dim],
         "batch": batch,
         "context": context,
@@ -103,13 +106,17 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out, or 'peers'")
+    parser.add_argument("--cache-dtype", default="auto", choices=CACHE_DTYPES)
     parser.add_argument("--kernels", action="store_true", help="also profile each shape's kernels")
     args = parser.parse_args()
     started = time.perf_counter()
     if args.quick:
         args.batches, args.contexts = [1, 8], [8192, 65536]
     budget_s = 0.08 if args.quick else 0.2
-    heads = Heads()
+    if args.cache_dtype != "auto":
+        # Theirs is of 16 bits: no bar for another one.
+        args.skip = [*args.skip, "peers"]
+    heads = Heads(cache_dtype=CACHE_DTYPES[args.cache_dtype])
     bytes_per_s, flops_per_s = copy_bytes_per_s(), matmul_flops_per_s()
     print(f"copy {bytes_per_s / 1e12:.2f} TB/s, bf16 matmul {flops_per_s / 1e12:.0f} TFLOP/s")
     peer_errors = {} if "peers" in args.skip else peers.check_decode_peers(heads)
@@ -145,7 +152,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
     if "paper" in args.geometries:
         batch, context = args.batches[-1], max(args.contexts)
-        rows.append(operator("paper", PAPER_HEADS, batch, context))
+        paper_heads = replace(PAPER_HEADS, cache_dtype=heads.cache_dtype)
+        rows.append(operator("paper", paper_heads, batch, context))
         print_row(rows[-1])
     results = {
         "copy_bytes_per_s": bytes_per_s,

@@ -207,13 +207,14 @@ def main() -> None:
     parser.add_argument("--only", choices=["decode", "prefill"])
     parser.add_argument("--geometry", default="paper", choices=["paper", "fla"])
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"])
+    parser.add_argument("--cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--head-dims", type=int, nargs=2, default=[128, 128], metavar=("D", "DV"))
     parser.add_argument("--num-heads", type=int, nargs=2, default=[64, 4], metavar=("HQ", "H"))
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
     args = parser.parse_args()
-    from problem import DTYPES, GEOMETRIES, Heads, make_problem
+    from problem import CACHE_DTYPES, DTYPES, GEOMETRIES, Heads, make_problem
 
     heads = Heads(
         num_q_heads=args.num_heads[0],
@@ -221,6 +222,7 @@ def main() -> None:
         head_dim=args.head_dims[0],
         v_head_dim=args.head_dims[1],
         dtype=DTYPES[args.dtype],
+        cache_dtype=CACHE_DTYPES[args.cache_dtype],
     )
     # Starts in the cache and number of new tokens, of each row.
     steps = {

@@ -17,23 +17,26 @@ GEOMETRIES = {
     "paper": NSASpec(),
     "fla": NSASpec(cmp_len=64, cmp_stride=64),
 }
+CACHE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Numbers and widths of the heads, and the dtype of everything."""
+    """Numbers and widths of the heads, and the dtype of everything, or all but the cache."""
 
     num_q_heads: int = 64
     num_kv_heads: int = 4
     head_dim: int = 128
     v_head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    cache_dtype: torch.dtype | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, all KV heads."""
-        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * int(self.dtype.itemsize)
+        itemsize = int((self.cache_dtype or self.dtype).itemsize)
+        return self.num_kv_heads * (self.head_dim + self.v_head_dim) * itemsize
 
     @property
     def query_bytes_per_token(self) -> int:
@@ -153,7 +156,15 @@ def make_problem(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=heads.dtype, device=device, generator=generator)
 
+    def pages(tokens: int, width: int) -> Tensor:
+        return randn(num_pages, heads.num_kv_heads, tokens, width).to(
+            heads.cache_dtype or heads.dtype
+        )
+
     num_tokens, kv_heads = sum(query_lens), heads.num_kv_heads
+    scale = None
+    if heads.cache_dtype is not None:
+        scale = torch.ones(kv_heads, dtype=torch.float32, device=device)
     sets = [
         InputSet(
             q=randn(num_tokens, heads.num_q_heads, heads.head_dim),
@@ -161,10 +172,12 @@ def make_problem(
             v=randn(num_tokens, kv_heads, heads.v_head_dim),
             gates=torch.sigmoid(randn(num_tokens, heads.num_q_heads, 3)),
             cache=LayerCache(
-                randn(num_pages, kv_heads, spec.block_size, heads.head_dim),
-                randn(num_pages, kv_heads, spec.block_size, heads.v_head_dim),
-                randn(num_pages, kv_heads, spec.cmp_entries_per_page, heads.head_dim),
-                randn(num_pages, kv_heads, spec.cmp_entries_per_page, heads.v_head_dim),
+                pages(spec.block_size, heads.head_dim),
+                pages(spec.block_size, heads.v_head_dim),
+                pages(spec.cmp_entries_per_page, heads.head_dim),
+                pages(spec.cmp_entries_per_page, heads.v_head_dim),
+                k_scale=scale,
+                v_scale=scale,
             ),
         )
         for _ in range(num_sets)

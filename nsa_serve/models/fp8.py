@@ -45,6 +45,7 @@ def quantize_rows(rows: Tensor, *, out: Tensor, scales: Tensor) -> None:
     for first in range(0, len(rows), step):
         part = slice(first, first + step)
         values, scale = rows[part].to(torch.float32, copy=True), scales[part]
-        torch.div(values.abs().amax(dim=1).clamp_(min=_LEAST_AMAX), E4M3_MAX, out=scale)
+        # By the reciprocal: that is how a GPU divides by a number, and a CPU would not.
+        torch.mul(values.abs().amax(dim=1).clamp_(min=_LEAST_AMAX), 1.0 / E4M3_MAX, out=scale)
         # Clamped, because a quotient that rounding carries beyond 448 would become NaN.
         out[part] = values.div_(scale[:, None]).clamp_(-E4M3_MAX, E4M3_MAX)

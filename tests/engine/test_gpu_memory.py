@@ -359,7 +359,7 @@ def grammars() -> GrammarMasks:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "fla"])
+@pytest.mark.parametrize("name", ["llama", "nsa"])
 def test_an_engine_on_a_gpu_says_where_its_memory_goes(
     checkpoints: Mapping[str, Path], name: str
 ) -> None:

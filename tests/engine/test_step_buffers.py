@@ -112,6 +112,20 @@ def test_a_request_keeps_its_row_and_sends_one_page() -> None:
     assert int(simulation.buffers.packed[4, index]) == 77
 
 
+def test_pages_of_a_step_that_was_taken_back_are_sent_anew() -> None:
+    simulation = Simulation(0)
+    simulation.arrive()
+    request = simulation.running[0]
+    row = ScheduledRow(request, request.num_tokens - 1, 1, True)
+    simulation.buffers.fill([row], {})
+    request.pages[-1] = 77
+    simulation.buffers.forget()
+    simulation.buffers.fill([row], {})
+    count = len(request.pages)
+    assert simulation.buffers.page_table[0, :count].tolist() == request.pages
+    assert list(simulation.buffers.pages_of(request)) == request.pages
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 8, 9, 32, 33, 64])
 def test_row_buckets_hold_every_batch_without_much_padding(most: int) -> None:
     buckets = row_buckets(most)

@@ -28,8 +28,8 @@ KERNELS = {
     "_free_attention_kernel",
     "_merge_kernel",
 }
-# Rows of the step's own tensors: loads of 16 bytes need to know that they are aligned. Torch gives a
-# tensor of one row another stride than one of several, that is all that varies.
+# Rows of the step's own tensors: loads of 16 bytes need to know that they are aligned. Torch gives
+# a tensor of one row another stride than one of several, that is all that varies.
 ROW_STRIDE = re.compile(r".*\.(stride_[qkvg]\w*|(key|value)_strides\[\d\])")
 
 

@@ -915,7 +915,8 @@ def _store_partial(
     """Leave normalised outputs and their lse2 in the workspace; an empty one only the latter."""
     offs_dv = tl.arange(0, BLOCK_DV)
     l_i = tl.sum(l_i, axis=1)
-    seen = l_i > 0
+    # Not l_i > 0: a NaN must go on to where it is noticed.
+    seen = l_i != 0
     o = acc / tl.where(seen, l_i, 1.0)[:, None]
     lse2 = tl.where(seen, m_i + tl.log2(tl.where(seen, l_i, 1.0)), float("-inf"))
     tl.store(

@@ -172,7 +172,7 @@ def _check(
         "peaks": (peaks, torch.float32),
     }
     for name, (tensor, dtype) in dtypes.items():
-        if tensor.dtype != dtype or tensor.stride(-1) != 1:
+        if tensor.dtype != dtype or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
             raise ValueError(
                 f"{name} must be {dtype} with contiguous rows, got {tensor.dtype} with strides "
                 f"{tensor.stride()}"
