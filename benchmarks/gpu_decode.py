@@ -60,6 +60,11 @@ class TimedEngine:
         return self._engine.info
 
     @property
+    def num_graph_replays(self) -> int | None:
+        """Steps that were replayed from a CUDA graph; None where there are no graphs."""
+        return self._engine.stats.num_graph_replays_total
+
+    @property
     def has_unfinished(self) -> bool:
         return self._engine.has_unfinished
 
@@ -137,6 +142,7 @@ class DecodeBench:
         self.generate(prompts, [kind(min(8, num_tokens)) for kind in kinds])
         first_s, whole_s, gaps_s = [], [], []
         hits = context
+        replays = self.engine.num_graph_replays
         for _ in range(self.repeats):
             first_s.append(time_s(lambda: self.generate(prompts, [kind(1) for kind in kinds])))
             self.engine.returns.clear()
@@ -147,6 +153,10 @@ class DecodeBench:
             hits = min(hits, *(output.num_prefix_hit_tokens for output in outputs))
             if any(len(output.token_ids) != num_tokens for output in outputs):
                 raise SystemExit("a row ended early: the times are not those of the cell")
+        if replays is not None:
+            replays = (self.engine.num_graph_replays or 0) - replays
+            if replays < self.repeats * (num_tokens - 1):
+                print(f"warning: only {replays} steps were replayed from a graph", flush=True)
         # The last page of a prompt always runs again, and a page may be as long as the prompt.
         if hits < context - 2 * self.info.page_size:
             print(f"warning: {hits} of {context} prompt tokens were cached", flush=True)
@@ -166,6 +176,7 @@ class DecodeBench:
             "num_tokens": num_tokens,
             "fill_s": fill_s,
             "num_prefix_hit_tokens": hits,
+            "num_graph_replays": replays,
         }
 
     def prefill(self, context: int, num_rows: int) -> dict[str, Any]:

@@ -212,17 +212,18 @@ def _equality(runs: list[dict[str, Any]]) -> str:
             str(run["num_streams"]),
             str(run["num_failed"]),
             f"{run['equal_requests']:.1%} of {run['num_requests']}",
-            f"{run['equal_tokens']:.1%}",
+            f"{run['equal_tokens']:.1%} of {run['num_tokens']}",
+            str(run["num_distinct"]),
             f"{run['together_s']:.1f}",
             f"{run['alone_s']:.1f}",
         ]
         for run in runs
     ]
-    header = ["dtype", "streams at once", "failed", "equal requests", "equal tokens"]
+    header = ["dtype", "streams at once", "failed", "equal requests", "equal tokens", "distinct"]
     return (
         "Greedy outputs of many streams at once against the same requests one by one, without a "
-        "prefix cache. Equal tokens: those before a request's first difference.\n\n"
-        + table([*header, "together, s", "one by one, s"], rows)
+        "prefix cache. Equal tokens: those before a request's first difference; distinct: "
+        "different tokens in all.\n\n" + table([*header, "together, s", "one by one, s"], rows)
     )
 
 

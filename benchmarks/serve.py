@@ -213,7 +213,8 @@ def equality(folder: Path, base: dict[str, Any], options: Any, result: dict[str,
         print(
             f"{dtype}: {run['num_streams']} streams, {run['num_failed']} failed, "
             f"{run['equal_requests']:.1%} of {run['num_requests']} requests equal, "
-            f"{run['equal_tokens']:.1%} of the tokens before a difference; together "
+            f"{run['equal_tokens']:.1%} of the tokens before a difference "
+            f"({run['num_distinct']} distinct); together "
             f"{run['together_s']:.1f} s, one by one {run['alone_s']:.1f} s",
             flush=True,
         )

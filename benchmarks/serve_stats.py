@@ -73,7 +73,8 @@ def compare_outputs(
     """Compare token ids request by request.
 
     equal_requests: share of requests that are equal to their end; equal_tokens: share of the tokens
-    that stand before their request's first difference.
+    that stand before their request's first difference; num_distinct: different tokens in all, for a
+    model that repeats a few is easily equal.
     """
     pairs = list(zip(together, alone, strict=True))
     num_tokens = sum(max(len(a), len(b)) for a, b in pairs)
@@ -82,6 +83,7 @@ def compare_outputs(
     return {
         "num_requests": len(pairs),
         "num_tokens": num_tokens,
+        "num_distinct": len({token for row in alone for token in row}),
         "equal_requests": num_equal / len(pairs) if pairs else 1.0,
         "equal_tokens": before / num_tokens if num_tokens else 1.0,
     }

@@ -90,8 +90,8 @@ class NSATransformer(nn.Module):
 
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[R, hidden] -> [R, vocab_size] fp32, written to `out` if that is given."""
-        result: Tensor = self.decoder.logits(hidden)
-        return result if out is None else out.copy_(result)
+        result: Tensor = self.decoder.logits(hidden, out=out)
+        return result
 
 
 def used_branches(config: ModelConfig) -> Branches:

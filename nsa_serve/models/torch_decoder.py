@@ -68,10 +68,10 @@ class TorchDecoder(nn.Module):
             x = layer(x, rotary, cache, plan)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[R, hidden] -> [R, vocab_size] fp32."""
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """[R, hidden] -> [R, vocab_size] fp32, written to `out` if that is given."""
         result: Tensor = self.lm_head(self.norm(hidden)).float()
-        return result
+        return result if out is None else out.copy_(result)
 
 
 def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLayer:

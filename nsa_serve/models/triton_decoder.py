@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS, Rotary, linear
+from nsa_kernels.gpu.linear import Rotary, linear
 from nsa_kernels.gpu.linear_fp8 import linear_fp8
-from nsa_kernels.gpu.pointwise import rms_norm
 from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache
 from nsa_serve.config import ModelConfig
 from nsa_serve.models.device_weights import SCALE_SUFFIX, Weights
@@ -139,13 +138,9 @@ class TritonDecoder(nn.Module):
             x = layer(x, rotary, cache, plan)
         return x
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[R, hidden] -> [R, vocab_size] fp32, not rounded to the run dtype in between."""
-        is_half = hidden.dtype.itemsize == 2
-        if len(hidden) > MAX_SKINNY_ROWS and hidden.is_cuda and is_half:
-            normed = rms_norm(hidden, *self.norm)
-            return torch.mm(normed, self.head.t(), out_dtype=torch.float32)
-        return linear(hidden, self.head, norm=self.norm, out_dtype=torch.float32)
+        return linear(hidden, self.head, norm=self.norm, out_dtype=torch.float32, out=out)
 
 
 def _make_mlp(weights: Weights, prefix: str) -> CompressionMLP:

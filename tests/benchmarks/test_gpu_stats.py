@@ -172,6 +172,7 @@ def test_outputs_are_compared_up_to_their_first_difference() -> None:
     result = compare_outputs([[1, 2, 3, 4], [5, 6, 7, 8], []], [[1, 2, 3, 4], [5, 9, 7, 8], [1, 2]])
     assert result["equal_requests"] == pytest.approx(1 / 3)
     assert result["equal_tokens"] == pytest.approx((4 + 1 + 0) / 10)
+    assert result["num_distinct"] == 8
 
 
 def test_gaps_are_of_steps_that_decode_every_row() -> None:

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import sys
 import types
 from collections.abc import Mapping
 from dataclasses import replace
@@ -289,11 +288,8 @@ class FakeRunner:
 def gpu_setup(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """The module, with a fake runner and a fake GPU: it must not need a real one to be tested."""
     FakeRunner.made = []
-    fake = types.ModuleType("nsa_serve.gpu_runner")
-    vars(fake)["GpuModelRunner"] = FakeRunner
-    monkeypatch.setitem(sys.modules, "nsa_serve.gpu_runner", fake)
-    monkeypatch.delitem(sys.modules, "nsa_serve.gpu_setup", raising=False)
     module = importlib.import_module("nsa_serve.gpu_setup")
+    monkeypatch.setattr(module, "GpuModelRunner", FakeRunner)
     monkeypatch.setattr(module, "GpuMeter", FakeMeter)
     monkeypatch.setattr(module, "sampling_bytes", lambda *_: 10_000)
     monkeypatch.setattr(module, "estimate_graph_bytes", lambda _count, _layers, pool: pool + 5_000)

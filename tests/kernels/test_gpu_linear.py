@@ -210,6 +210,17 @@ def test_logits_keep_the_precision_of_the_sums(num_rows: int) -> None:
     assert_near(actual, x.double() @ weight.double().t(), 1e-5 if exact else 4e-3)
 
 
+@pytest.mark.parametrize("num_rows", [0, 3, MAX_SKINNY_ROWS + 1])
+def test_the_result_goes_where_it_is_wanted(num_rows: int) -> None:
+    x, weight = (randn(count, 48, dtype=torch.bfloat16) for count in (num_rows, 20))
+    expected = linear(x, weight, out_dtype=torch.float32)
+    out = torch.full((num_rows, 20), torch.nan, device=DEVICE)
+    assert linear(x, weight, out_dtype=torch.float32, out=out) is out
+    assert torch.equal(out, expected)
+    with pytest.raises(ValueError, match=r"out must be torch\.bfloat16 and contiguous"):
+        linear(x, weight, out=out)
+
+
 @DTYPES
 @pytest.mark.parametrize("size", ROW_CLASSES)
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, size: int) -> None:

@@ -40,8 +40,10 @@ PREFETCH_BYTES = 64 << 10
 # The unit of prefetch(): what a thread asks for.
 PREFETCH_CHUNK_BYTES = 2048
 _PREFETCH_WARPS = 4
-# Programs that are enough for all multiprocessors, several each, with wide tiles.
-_MANY_PROGRAMS = 512
+# Sizes at which the fastest tile changes: a weight that keeps all multiprocessors busy (elements),
+# and outputs of a pair of MLP matrices and of a head.
+_LARGE_WEIGHT = 1 << 22
+_WIDE_OUTPUTS, _HEAD_OUTPUTS = 16384, 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,7 @@ def linear(
     swiglu: bool = False,
     rotary: Rotary | None = None,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     config: SkinnyConfig | None = None,
     launch_pdl: bool | None = None,
 ) -> Tensor:
@@ -98,10 +101,12 @@ def linear(
 
     norm: (weight [K], eps), RMSNorm of x first. swiglu: weight is [gate; up], [2I, K], and the
     result silu(gate) * up, [M, I]. rotary: applied to the first outputs. residual: [M, N], added
-    last. out_dtype: of the result, else that of x. Sums, bias, residual and rotation are fp32 and
-    rounded once where the skinny kernel runs (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
+    last. out_dtype: of the result, else that of x. out: where to write it, contiguous.
+    Sums, bias, residual and rotation are fp32 and rounded once where the skinny kernel runs
+    (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
     There a row's result is bit-equal whatever the other rows are and for every M of one class:
-    1 to 8, 9 to 16, 17 to 32, 33 to 64. Above, it is what the matrix library makes of it.
+    1 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the matrix library
+    faster (large weights of more than 16 rows), it is what that makes of it.
 
     config, launch_pdl: for measuring; None: by table, and wherever the device can. With dependent
     launch, weight, bias, norm weight and rotary tables must not be written by a kernel that may
@@ -111,17 +116,23 @@ def linear(
     """
     num_rows, num_out = _check(x, weight, bias, norm, residual, swiglu, rotary)
     dtype = x.dtype if out_dtype is None else out_dtype
+    if out is not None:
+        check_shape("out", out, (num_rows, num_out))
+        if out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(f"out must be {dtype} and contiguous, got {out.dtype}")
     if num_rows == 0:
-        return torch.empty((0, num_out), dtype=dtype, device=x.device)
+        return torch.empty((0, num_out), dtype=dtype, device=x.device) if out is None else out
     if config is None:
         is_dense = weight.is_contiguous() and x.stride(1) == 1
         if num_rows <= MAX_SKINNY_ROWS and is_dense:
             config = skinny_config(num_rows, weight.shape[0], weight.shape[1], x.dtype)
         if config is None:
-            return linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype)
+            result = linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype)
+            return result if out is None else out.copy_(result)
     if norm is not None and (not config.fold_norm or config.splits > 1):
         x, norm = rms_norm(x, *norm), None
-    out = torch.empty((num_rows, num_out), dtype=dtype, device=x.device)
+    if out is None:
+        out = torch.empty((num_rows, num_out), dtype=dtype, device=x.device)
     if launch_pdl is None:
         launch_pdl = _can_launch_early(x.device)
     _launch(x, weight, bias, norm, residual, swiglu, rotary, out, config, launch_pdl)
@@ -163,15 +174,30 @@ def skinny_config(
         return SkinnyConfig(16, 16, 4, 2, fold_norm=fold_norm)
     # Half-precision sums of squares have no room for x * norm_weight beyond 65504.
     fold_norm = fold_norm and dtype != torch.float16
-    if rows <= 16:
-        block_n = 32 if num_out >= 32 * _MANY_PROGRAMS else 16
-        return SkinnyConfig(block_n, 2048 // block_n, 4, 4, fold_norm=fold_norm)
-    # Every program reads all of x, too: so wide tiles, and splits where those are few.
-    if num_out >= 64 * 132:
-        return SkinnyConfig(64, 64 if rows == 32 else 32, 4, 3, fold_norm=False)
-    splits = 1 if num_in < 4096 else 2 if rows == 32 else 4
-    block_n = 16 if splits == 1 and rows == 32 else 32
-    return SkinnyConfig(block_n, 64, 4, 3, fold_norm=False, splits=splits)
+    # Measured on an H200, between layers of 1B and 8B models. Weights that come to L2 early are in
+    # the way of those that are needed now wherever a kernel has several waves of programs.
+    is_large = num_out * num_in >= _LARGE_WEIGHT
+    if num_out >= _HEAD_OUTPUTS and rows <= 32:
+        tile = (32, 64, 4, 4) if rows <= 16 else (64, 64, 4, 3)
+        return SkinnyConfig(*tile, fold_norm=False, prefetch=False)
+    if rows > 16 and is_large:
+        return None
+    if rows > 16:
+        return SkinnyConfig(16 if rows == 32 else 32, 64, 4, 3, fold_norm=False)
+    if num_out >= _WIDE_OUTPUTS:
+        if rows == 16 and num_in >= 4096:
+            return None
+        tile = (32, 64, 4, 4) if rows == 8 else (64, 64, 4, 3)
+        return SkinnyConfig(*tile, fold_norm=fold_norm and num_in < 4096, prefetch=False)
+    if num_in >= 8192:
+        tile = (16, 128, 8, 3) if rows == 8 else (16, 128, 4, 4)
+    elif num_in >= 4096 and is_large:
+        tile = (32, 64, 4, 4) if rows == 8 else (64, 64, 4, 3)
+    elif num_out > num_in and is_large:
+        tile = (64, 64, 4, 3) if rows == 8 else (16, 128, 4, 4)
+    else:
+        tile = (16, 256, 2, 4) if rows == 8 else (16, 128, 4, 4)
+    return SkinnyConfig(*tile, fold_norm=fold_norm and rows == 8, prefetch=False)
 
 
 @functools.cache
@@ -245,6 +271,10 @@ def linear_by_torch(
         x = rms_norm(x, *norm)
     if residual is not None and bias is None and not swiglu and residual.dtype == x.dtype:
         return torch.addmm(residual, x, weight.t()).to(dtype)
+    is_plain = bias is None and residual is None and rotary is None and not swiglu
+    if is_plain and x.is_cuda and dtype == torch.float32 != x.dtype:
+        # Not rounded to 16 bits in between.
+        return torch.mm(x, weight.t(), out_dtype=dtype)
     out = F.linear(x, weight, bias)
     if swiglu:
         out = swiglu_rows(out)
