@@ -41,7 +41,10 @@ class FusedLinear(nn.Module):
         gated: bool = False,
         rotary: Rotary | None = None,
     ) -> Tensor:
-        """[M, K] -> [M, N], or [M, N / 2] when gated: silu of the first half times the second."""
+        """[M, K] -> [M, N], or [M, N / 2] when gated: silu of the first half times the second.
+
+        The residual may be overwritten.
+        """
         if self.scale is None:
             return linear(
                 x,
@@ -51,6 +54,7 @@ class FusedLinear(nn.Module):
                 residual=residual,
                 swiglu=gated,
                 rotary=rotary,
+                out=residual,
             )
         return linear_fp8(
             x,

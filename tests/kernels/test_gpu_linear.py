@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_kernels.gpu.gemv import GemvConfig, can_gemv
 from nsa_kernels.gpu.linear import (
     MAX_SKINNY_ROWS,
     ROW_CLASSES,
@@ -107,6 +108,23 @@ def test_every_fusion(
     check_fusion(dtype, num_rows, num_out, num_in, fused, tolerance=TOLERANCE[dtype])
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("num_rows", "num_out", "num_in"), [(1, 66, 256), (2, 50, 768), (3, 68, 2048), (4, 70, 1024)]
+)
+@pytest.mark.parametrize("fused", FUSIONS + PAIRS)
+def test_every_fusion_of_few_rows(
+    dtype: torch.dtype, num_rows: int, num_out: int, num_in: int, fused: str
+) -> None:
+    """Without matrix instructions: whole steps of K, pairs of outputs."""
+    assert can_gemv(num_rows, num_out, num_in, dtype)
+    for config in (None, GemvConfig(8, 1, 4), GemvConfig(4, 1, 1, early=False)):
+        check_fusion(
+            dtype, num_rows, num_out, num_in, fused, tolerance=TOLERANCE[dtype], config=config
+        )
+
+
 @DTYPES
 @pytest.mark.parametrize("fused", FUSIONS + PAIRS)
 def test_rows_beyond_the_skinny_kernel(dtype: torch.dtype, fused: str) -> None:
@@ -121,7 +139,7 @@ def check_fusion(
     fused: str,
     *,
     tolerance: float,
-    config: SkinnyConfig | None = None,
+    config: SkinnyConfig | GemvConfig | None = None,
     rotated_heads: int | None = None,
 ) -> None:
     is_swiglu, is_rotary = "swiglu" in fused, "rotary" in fused
@@ -219,6 +237,15 @@ def test_the_result_goes_where_it_is_wanted(num_rows: int) -> None:
     assert torch.equal(out, expected)
     with pytest.raises(ValueError, match=r"out must be torch\.bfloat16 and contiguous"):
         linear(x, weight, out=out)
+
+
+@pytest.mark.parametrize("num_rows", [3, MAX_SKINNY_ROWS + 1])
+def test_the_residual_may_be_overwritten(num_rows: int) -> None:
+    x, residual = (randn(num_rows, size, dtype=torch.bfloat16) for size in (48, 20))
+    weight = randn(20, 48, dtype=torch.bfloat16, seed=1)
+    expected = linear(x, weight, residual=residual)
+    assert linear(x, weight, residual=residual, out=residual) is residual
+    assert torch.equal(residual, expected)
 
 
 @DTYPES

@@ -66,6 +66,16 @@ def test_rotary_in_place(dtype: torch.dtype, num_heads: int, dim: int) -> None:
     assert torch.equal(fused[:, num_heads * dim :], before[:, num_heads * dim :])
 
 
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+def test_rotary_by_tables(index_dtype: torch.dtype) -> None:
+    dtype = torch.float32
+    x = randn(3, 2, 20, dtype=dtype)
+    cos, sin = randn(9, 20, dtype=dtype), randn(9, 20, dtype=dtype) + 1
+    positions = torch.tensor([8, 0, 5], dtype=index_dtype, device=DEVICE)
+    expected = expected_rotary(x.clone(), cos[positions.long()], sin[positions.long()])
+    assert_near(apply_rotary_(x, cos, sin, positions), expected)
+
+
 @DTYPES
 @pytest.mark.parametrize(("num_tokens", "size"), [(1, 1), (3, 100), (2, 3000)])
 def test_swiglu(dtype: torch.dtype, num_tokens: int, size: int) -> None:

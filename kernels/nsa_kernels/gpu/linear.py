@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
+from nsa_kernels.gpu.gemv import GemvConfig, can_gemv, gemv_config, launch_gemv
 from nsa_kernels.gpu.plan import has_dependent_launch
 from nsa_kernels.gpu.pointwise import apply_rotary_, rms_norm
 from nsa_kernels.gpu.pointwise import swiglu as swiglu_rows
@@ -94,19 +95,20 @@ def linear(
     rotary: Rotary | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    config: SkinnyConfig | None = None,
+    config: SkinnyConfig | GemvConfig | None = None,
     launch_pdl: bool | None = None,
 ) -> Tensor:
     """Return x @ weight^T + bias, [M, N], of x [M, K] and weight [N, K], for any M.
 
     norm: (weight [K], eps), RMSNorm of x first. swiglu: weight is [gate; up], [2I, K], and the
     result silu(gate) * up, [M, I]. rotary: applied to the first outputs. residual: [M, N], added
-    last. out_dtype: of the result, else that of x. out: where to write it, contiguous.
+    last. out_dtype: of the result, else that of x. out: where to write it, contiguous; it may be
+    the residual itself, which saves a copy.
     Sums, bias, residual and rotation are fp32 and rounded once where the skinny kernel runs
     (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
     There a row's result is bit-equal whatever the other rows are and for every M of one class:
-    1 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the matrix library
-    faster (large weights of more than 16 rows), it is what that makes of it.
+    1, 2, 3 to 4, 5 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the
+    matrix library faster (large weights of more than 16 rows), it is what that makes of it.
 
     config, launch_pdl: for measuring; None: by table, and wherever the device can. With dependent
     launch, weight, bias, norm weight and rotary tables must not be written by a kernel that may
@@ -123,18 +125,26 @@ def linear(
     if num_rows == 0:
         return torch.empty((0, num_out), dtype=dtype, device=x.device) if out is None else out
     if config is None:
+        sizes = (num_rows, weight.shape[0], weight.shape[1], x.dtype)
         is_dense = weight.is_contiguous() and x.stride(1) == 1
-        if num_rows <= MAX_SKINNY_ROWS and is_dense:
-            config = skinny_config(num_rows, weight.shape[0], weight.shape[1], x.dtype)
+        if is_dense and can_gemv(*sizes):
+            config = gemv_config(weight.shape[0], weight.shape[1])
+        elif is_dense and num_rows <= MAX_SKINNY_ROWS:
+            config = skinny_config(*sizes)
         if config is None:
-            result = linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype)
-            return result if out is None else out.copy_(result)
-    if norm is not None and (not config.fold_norm or config.splits > 1):
-        x, norm = rms_norm(x, *norm), None
+            return linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype, out)
     if out is None:
         out = torch.empty((num_rows, num_out), dtype=dtype, device=x.device)
     if launch_pdl is None:
         launch_pdl = _can_launch_early(x.device)
+    if isinstance(config, GemvConfig):
+        launch_gemv(
+            x, weight, bias, norm, residual, swiglu, rotary, out,
+            config=config, launch_pdl=launch_pdl,
+        )  # fmt: skip
+        return out
+    if norm is not None and (not config.fold_norm or config.splits > 1):
+        x, norm = rms_norm(x, *norm), None
     _launch(x, weight, bias, norm, residual, swiglu, rotary, out, config, launch_pdl)
     return out
 
@@ -265,27 +275,28 @@ def linear_by_torch(
     swiglu: bool,
     rotary: Rotary | None,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The same by PyTorch's matrix product and the kernels of `pointwise`."""
     if norm is not None:
         x = rms_norm(x, *norm)
-    if residual is not None and bias is None and not swiglu and residual.dtype == x.dtype:
-        return torch.addmm(residual, x, weight.t()).to(dtype)
+    if residual is not None and bias is None and not swiglu and residual.dtype == x.dtype == dtype:
+        return torch.addmm(residual, x, weight.t(), out=out)
     is_plain = bias is None and residual is None and rotary is None and not swiglu
     if is_plain and x.is_cuda and dtype == torch.float32 != x.dtype:
         # Not rounded to 16 bits in between.
-        return torch.mm(x, weight.t(), out_dtype=dtype)
-    out = F.linear(x, weight, bias)
+        product = torch.mm(x, weight.t(), out_dtype=dtype)
+        return product if out is None else out.copy_(product)
+    result = F.linear(x, weight, bias)
     if swiglu:
-        out = swiglu_rows(out)
+        result = swiglu_rows(result)
     if rotary is not None:
         width = rotary.num_heads * rotary.head_dim
-        heads = out[:, :width].unflatten(1, (rotary.num_heads, rotary.head_dim))
-        cos = rotary.cos_table.index_select(0, rotary.positions)
-        apply_rotary_(heads, cos, rotary.sin_table.index_select(0, rotary.positions))
+        heads = result[:, :width].unflatten(1, (rotary.num_heads, rotary.head_dim))
+        apply_rotary_(heads, rotary.cos_table, rotary.sin_table, rotary.positions)
     if residual is not None:
-        out = out + residual
-    return out.to(dtype)
+        result = result + residual
+    return result.to(dtype) if out is None else out.copy_(result)
 
 
 def _launch(

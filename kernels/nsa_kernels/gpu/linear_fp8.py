@@ -82,8 +82,9 @@ def linear_fp8(
         rotated = rotary.num_heads * rotary.head_dim
         apply_rotary_(
             out[:, :rotated].unflatten(1, (rotary.num_heads, rotary.head_dim)),
-            rotary.cos_table.index_select(0, rotary.positions),
-            rotary.sin_table.index_select(0, rotary.positions),
+            rotary.cos_table,
+            rotary.sin_table,
+            rotary.positions,
         )
     return out if residual is None else out.add_(residual)
 

@@ -93,6 +93,7 @@ def _rotary_kernel(
     x_ptr,
     cos_ptr,
     sin_ptr,
+    positions_ptr,
     stride_t,
     stride_h,
     stride_cos,
@@ -106,7 +107,10 @@ def _rotary_kernel(
     heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     offs = tl.arange(0, BLOCK_D)
     in_half = offs < HALF
-    cos_row, sin_row = cos_ptr + token * stride_cos + offs, sin_ptr + token * stride_sin + offs
+    row = token
+    if positions_ptr is not None:
+        row = tl.load(positions_ptr + token).to(tl.int64)
+    cos_row, sin_row = cos_ptr + row * stride_cos + offs, sin_ptr + row * stride_sin + offs
     cos_low = tl.load(cos_row, mask=in_half, other=0.0).to(tl.float32)[None, :]
     cos_high = tl.load(cos_row + HALF, mask=in_half, other=0.0).to(tl.float32)[None, :]
     sin_low = tl.load(sin_row, mask=in_half, other=0.0).to(tl.float32)[None, :]
@@ -123,15 +127,20 @@ def _rotary_kernel(
     tl.store(x_rows + HALF, new_high.to(dtype), mask=mask)
 
 
-def apply_rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def apply_rotary_(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None) -> Tensor:
     """Rotate x [T, heads, D] in place, x * cos + roll(x, D/2) * sin, and return it.
 
-    cos, sin: [T, D], the sign of the rotation in the sine ("NeoX" halves). x may be a view of a
-    fused projection: the heads of queries and keys that lie side by side are rotated in one pass.
+    cos, sin: [T, D], the sign of the rotation in the sine ("NeoX" halves); or tables
+    [max_positions, D], of which positions [T] (int32 or int64, on the device) are taken. x may be a
+    view of a fused projection: the heads of queries and keys that lie side by side are rotated in
+    one pass.
     """
     num_tokens, num_heads, dim = x.shape
-    check_shape("cos", cos, (num_tokens, dim))
-    check_shape("sin", sin, (num_tokens, dim))
+    if positions is not None:
+        check_shape("positions", positions, (num_tokens,))
+    num_angles = num_tokens if positions is None else cos.shape[0]
+    check_shape("cos", cos, (num_angles, dim))
+    check_shape("sin", sin, (num_angles, dim))
     if dim % 2 or x.stride(2) != 1:
         raise ValueError(
             "x must have an even last dimension that is contiguous, got "
@@ -145,6 +154,7 @@ def apply_rotary_(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x,
         cos,
         sin,
+        positions,
         x.stride(0),
         x.stride(1),
         cos.stride(0),
