@@ -51,10 +51,19 @@ def can_gemv(num_rows: int, num_out: int, num_in: int, dtype: torch.dtype) -> bo
     )
 
 
-def gemv_config(num_out: int, num_in: int) -> GemvConfig:
-    """The tile for a [num_out, num_in] weight."""
-    unroll = max(u for u in (8, 4, 2, 1) if num_in % (LANES_K * u) == 0)
-    return GemvConfig(pairs=4, unroll=min(unroll, 4), num_warps=4)
+def gemv_config(num_rows: int, num_out: int, num_in: int) -> GemvConfig | None:
+    """The tile for M rows and a [num_out, num_in] weight; None where matrix units are faster.
+
+    They are, on an H200, from two rows on, and where a row of W takes long enough to hide their
+    latency.
+    """
+    if num_rows > 1 or num_in > 2048:
+        return None
+    if num_out <= 4096 and num_in % (4 * LANES_K) == 0:
+        return GemvConfig(pairs=1, unroll=4, num_warps=1)
+    if num_out <= 32768 and num_in % (2 * LANES_K) == 0:
+        return GemvConfig(pairs=8, unroll=2, num_warps=4, early=False)
+    return None
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_rotated"])

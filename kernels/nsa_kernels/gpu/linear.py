@@ -107,7 +107,7 @@ def linear(
     Sums, bias, residual and rotation are fp32 and rounded once where the skinny kernel runs
     (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
     There a row's result is bit-equal whatever the other rows are and for every M of one class:
-    1, 2, 3 to 4, 5 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the
+    1, 2 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the
     matrix library faster (large weights of more than 16 rows), it is what that makes of it.
 
     config, launch_pdl: for measuring; None: by table, and wherever the device can. With dependent
@@ -128,8 +128,8 @@ def linear(
         sizes = (num_rows, weight.shape[0], weight.shape[1], x.dtype)
         is_dense = weight.is_contiguous() and x.stride(1) == 1
         if is_dense and can_gemv(*sizes):
-            config = gemv_config(weight.shape[0], weight.shape[1])
-        elif is_dense and num_rows <= MAX_SKINNY_ROWS:
+            config = gemv_config(*sizes[:3])
+        if config is None and is_dense and num_rows <= MAX_SKINNY_ROWS:
             config = skinny_config(*sizes)
         if config is None:
             return linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype, out)
