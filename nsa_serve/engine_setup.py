@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nsa_kernels.checks import check_fp8_dims
 from nsa_serve.cache_reads import ReadCosts
 from nsa_serve.config import EngineConfig, ModelConfig, StepLimits
 from nsa_serve.errors import CapacityError, ConfigError, ModelError
@@ -84,7 +85,7 @@ def make_plan(config: EngineConfig) -> SetupPlan:
     if config.quantization is not None:
         check_fp8(device, dtype)
     if config.kv_cache_dtype == "fp8":
-        _check_fp8_cache(device)
+        _check_fp8_cache(device, model)
     return SetupPlan(
         config=config,
         source=source,
@@ -217,8 +218,15 @@ def run_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
 
 
-def _check_fp8_cache(device: torch.device) -> None:
-    """Raise ConfigError on GPUs older than Ada (8.9), which have no instructions for e4m3."""
+def _check_fp8_cache(device: torch.device, model: ModelConfig) -> None:
+    """Raise ConfigError where kernels cannot use an FP8 cache.
+
+    GPUs older than Ada (8.9) have no instructions for e4m3; for head widths see `check_fp8_dims`.
+    """
+    try:
+        check_fp8_dims(model.head_dim, model.v_head_dim)
+    except ValueError as error:
+        raise ConfigError(f"{error}; leave --kv-cache-dtype out") from None
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         raise ConfigError(

@@ -34,6 +34,19 @@ def check_scales(cache: LayerCache, num_kv_heads: int) -> None:
         )
 
 
+def check_fp8_dims(head_dim: int, v_head_dim: int) -> None:
+    """Raise ValueError for an FP8 cache that GPU kernels, as compiled, would read wrongly.
+
+    Triton 3.6.0 makes wrong code of prefill for values of 16 or fewer beside wider keys: seen on an
+    H200 with 32 and 16, and not with 16 and 16, 16 and 32, 64 and 64, 128 and 128.
+    """
+    if v_head_dim <= 16 < head_dim:
+        raise ValueError(
+            f"an FP8 cache of head_dim {head_dim} with v_head_dim {v_head_dim} is not supported on "
+            "a GPU: v_head_dim must be above 16 where head_dim is"
+        )
+
+
 def check_branch_kv(branch_kv: BranchKV | None, cache: LayerCache, k: Tensor, v: Tensor) -> None:
     """Raise ValueError unless a branch has keys and values exactly where the cache has room."""
     rooms = (cache.k_swa, cache.v_swa, cache.k_tail, cache.v_tail)

@@ -176,6 +176,22 @@ def test_settings_that_a_device_cannot_have_are_refused(
         config(**options)
 
 
+@pytest.mark.parametrize(("name", "is_refused"), [("llama-mlp", True), ("llama", False)])
+def test_heads_too_narrow_for_an_fp8_cache_are_refused(
+    checkpoints: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, is_refused: bool
+) -> None:
+    cuda = torch.device("cuda:0")
+    monkeypatch.setattr("nsa_serve.engine_setup.resolve_device", lambda config: cuda)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr("nsa_serve.engine_setup.run_dtype", lambda config, device: torch.bfloat16)
+    wanted = config(model=str(checkpoints[name]), device="cuda", kv_cache_dtype="fp8")
+    if is_refused:
+        with pytest.raises(ConfigError, match="head_dim 20 with v_head_dim 12.*--kv-cache-dtype"):
+            make_plan(wanted)
+    else:
+        assert make_plan(wanted).cache_dtype == torch.float8_e4m3fn
+
+
 def test_without_a_gpu_cuda_is_refused_and_auto_is_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"torch sees no CUDA device: .*--device cpu"):

@@ -117,7 +117,7 @@ def test_prefill_then_decode_attend_to_what_the_cache_holds(name: str) -> None:
 @BOTH_PATHS
 def test_a_mixed_step_in_bf16(prefill_path: None) -> None:
     """Queries and probabilities are rounded to 8 bits: 2 ** -9 of a term, a few at a time."""
-    problem = make(FLA, [70, 75], dtype=torch.bfloat16, dim=32, v_dim=16)
+    problem = make(FLA, [70, 75], dtype=torch.bfloat16, dim=32, v_dim=32)
     problem.run([0, 0], [69, 40])
     decoded, chunk = problem.run([69, 40], [1, 35], num_decode_rows=1)
     assert_close(decoded, expected(problem, 0, 69, 70), 1e-2)

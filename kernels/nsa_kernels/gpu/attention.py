@@ -7,6 +7,7 @@ dimensions of keys and of values, S selected blocks.
 import torch
 from torch import Tensor
 
+from nsa_kernels.checks import check_fp8_dims
 from nsa_kernels.gpu.append import append_kv
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.decode_cmp import CmpPartials, decode_cmp
@@ -52,6 +53,8 @@ def nsa_attention(
         raise ValueError("no branch is used: every gate is zero")
     if cache.k_scale is not None and not has_fp8(q.device):
         raise ValueError("an FP8 cache needs a GPU of compute capability 8.9 or later")
+    if cache.k_scale is not None and q.is_cuda:
+        check_fp8_dims(q.shape[2], v.shape[2])
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     num_decode_rows = plan.num_decode_rows
     # The first decode kernel appends its row's token on the way, unless an MLP must come between.
