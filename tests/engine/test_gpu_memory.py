@@ -186,7 +186,7 @@ def test_heads_too_narrow_for_an_fp8_cache_are_refused(
     monkeypatch.setattr("nsa_serve.engine_setup.run_dtype", lambda config, device: torch.bfloat16)
     wanted = config(model=str(checkpoints[name]), device="cuda", kv_cache_dtype="fp8")
     if is_refused:
-        with pytest.raises(ConfigError, match="head_dim 20 with v_head_dim 12.*--kv-cache-dtype"):
+        with pytest.raises(ConfigError, match=r"head_dim 20 with v_head_dim 12.*--kv-cache-dtype"):
             make_plan(wanted)
     else:
         assert make_plan(wanted).cache_dtype == torch.float8_e4m3fn
