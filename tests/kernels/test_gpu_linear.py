@@ -15,7 +15,6 @@ from nsa_kernels.gpu.linear import (
     Rotary,
     SkinnyConfig,
     linear,
-    prefetch,
     row_class,
     skinny_config,
 )
@@ -330,15 +329,6 @@ def test_nothing_to_do_and_what_does_not_fit() -> None:
         linear(x[:1], weight, rotary=rotary)
 
 
-def test_prefetch_refuses_more_than_there_is() -> None:
-    weight = torch.zeros(4, 8, device=DEVICE)
-    prefetch(weight, 0)
-    with pytest.raises(ValueError, match="num_bytes must be 0 to 128"):
-        prefetch(weight, 129)
-    with pytest.raises(ValueError, match="contiguous weight"):
-        prefetch(weight.t(), 16)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 16, 24, 32, 63, 64, 65])
@@ -387,5 +377,3 @@ def test_chain_of_early_launches() -> None:
             out.zero_()
             graph.replay()
             assert torch.equal(out, expected)
-        prefetch(weights[0][0], weights[0][0].numel() * 2)
-        assert torch.equal(chain(x, one_by_one=False), expected)

@@ -5,9 +5,9 @@ columns [s * SLICE_K, (s + 1) * SLICE_K) of each K step (a batched `tl.dot`, one
 that no warp reads what another needs, and the sums are added once, at the end. There are no
 atomics: a result depends on its row of x alone, not on the rows beside it.
 
-With dependent launch every kernel lets the next one start at once and waits for the one before it;
-until then it asks for its weights, which no kernel writes, to come to L2. So memory stays busy
-between two kernels.
+With dependent launch every kernel lets the next one start at once and waits for the one before it,
+so that its start costs nothing. A tile may also ask for its weights, which no kernel writes, to
+come to L2 meanwhile (`SkinnyConfig.prefetch`); on an H200 that was slower in 16 bits.
 
 Legend: M rows of x, K inputs, N outputs (2I rows of W for swiglu: [gate; up]), D = head_dim.
 """
@@ -38,9 +38,6 @@ MAX_EARLY_ROTARY = 512
 # Weights that a program asks for before it waits: all programs that are resident together must
 # not ask for more than a part of L2.
 PREFETCH_BYTES = 64 << 10
-# The unit of prefetch(): what a thread asks for.
-PREFETCH_CHUNK_BYTES = 2048
-_PREFETCH_WARPS = 4
 # Sizes at which the fastest tile changes: a weight that keeps all multiprocessors busy (elements),
 # and outputs of a pair of MLP matrices and of a head.
 _LARGE_WEIGHT = 1 << 22
@@ -147,26 +144,6 @@ def linear(
         x, norm = rms_norm(x, *norm), None
     _launch(x, weight, bias, norm, residual, swiglu, rotary, out, config, launch_pdl)
     return out
-
-
-def prefetch(weight: Tensor, num_bytes: int) -> None:
-    """Ask for the first num_bytes of a contiguous weight to come to L2, and do not wait for them.
-
-    For a branch of a CUDA graph that runs beside kernels which leave memory idle. Whole chunks of
-    PREFETCH_CHUNK_BYTES are asked for. Raises ValueError if the weight is smaller than num_bytes.
-    """
-    size = weight.numel() * weight.element_size()
-    if not weight.is_contiguous() or not 0 <= num_bytes <= size:
-        raise ValueError(f"num_bytes must be 0 to {size} of a contiguous weight, got {num_bytes}")
-    num_chunks = num_bytes // PREFETCH_CHUNK_BYTES
-    if num_chunks:
-        _prefetch_kernel[(triton.cdiv(num_chunks, 32 * _PREFETCH_WARPS),)](
-            weight,
-            num_chunks,
-            CHUNK_BYTES=PREFETCH_CHUNK_BYTES,
-            THREADS=32 * _PREFETCH_WARPS,
-            num_warps=_PREFETCH_WARPS,
-        )
 
 
 def row_class(num_rows: int) -> int:
@@ -411,16 +388,6 @@ def _ask_for_l2(addresses, num_bytes):
         dtype=tl.int32,
         is_pure=False,
         pack=1,
-    )
-
-
-@triton.jit(do_not_specialize=["num_chunks"])
-def _prefetch_kernel(weight_ptr, num_chunks, CHUNK_BYTES: tl.constexpr, THREADS: tl.constexpr):
-    chunk = tl.program_id(0) * THREADS + tl.arange(0, THREADS)
-    # Beyond the end, the last chunk once more.
-    chunk = tl.minimum(chunk, num_chunks - 1).to(tl.int64)
-    _ask_for_l2(
-        weight_ptr.to(tl.int64) + chunk * CHUNK_BYTES, tl.full(chunk.shape, CHUNK_BYTES, tl.int32)
     )
 
 
