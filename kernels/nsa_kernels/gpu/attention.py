@@ -15,10 +15,12 @@ from nsa_kernels.gpu.decode_slc import decode_slc
 from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, has_fp8
 from nsa_kernels.gpu.prefill_cmp import prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
+from nsa_kernels.gpu.prefill_scores import prefill_scores
 from nsa_kernels.gpu.prefill_short import prefill_short
 from nsa_kernels.gpu.prefill_slc import prefill_slc, sub_chunk_tokens
 from nsa_kernels.gpu.prefill_swa import prefill_swa
 from nsa_kernels.gpu.select import select_blocks
+from nsa_kernels.gpu.select_groups import select_group_blocks
 from nsa_kernels.metadata import BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
@@ -308,32 +310,47 @@ def _prefill_cmp(
         )
     if not (branches.cmp or branches.slc):
         return None, None
+    # Without selection there are no scores to make room for, but the cut does no harm.
     for chunk in prefill.score_chunks:
-        scores = prefill_cmp(
-            q,
-            cache,
+        tiles = (
             prefill.tile_rows[chunk.tiles],
             prefill.tile_starts[chunk.tiles],
             plan.cu_seqlens_q,
             plan.seq_lens,
             plan.page_table,
             spec,
+        )
+        attended = prefill_cmp(
+            q,
+            cache,
+            *tiles,
             softmax_scale=softmax_scale,
             first_token=chunk.first_token,
             num_tokens=chunk.num_tokens,
             num_score_tiles=chunk.num_score_tiles,
             with_output=branches.cmp,
-            with_scores=branches.slc,
+            with_scores=branches.slc and not prefill.score_pass,
             out=o_cmp,
             check=plan.check_bounds,
         )
-        if block_indices is not None:
-            tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
-            select_blocks(
-                scores,
-                plan.positions[tokens],
-                spec,
-                num_kv_heads=cache.k.shape[1],
-                out=block_indices[tokens.start - first : tokens.stop - first],
+        if block_indices is None:
+            continue
+        stop = chunk.first_token + chunk.num_tokens
+        positions = plan.positions[chunk.first_token : stop]
+        mine = block_indices[chunk.first_token - first : stop - first]
+        if prefill.score_pass:
+            scores = prefill_scores(
+                q,
+                cache,
+                attended.lse2,
+                *tiles,
+                softmax_scale=softmax_scale,
+                first_token=chunk.first_token,
+                num_tokens=chunk.num_tokens,
+                num_score_tiles=chunk.num_score_tiles,
+                check=plan.check_bounds,
             )
+            select_group_blocks(scores, positions, spec, out=mine)
+        else:
+            select_blocks(attended, positions, spec, num_kv_heads=cache.k.shape[1], out=mine)
     return o_cmp, block_indices
