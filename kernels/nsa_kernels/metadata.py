@@ -26,12 +26,15 @@ class LayerCache:
     A model with keys and values of its own for every branch keeps those of selection in k and v,
     and has two more pairs, None where the branches share k and v:
     k_swa, v_swa: [num_swa_pages, H, page_size, D or Dv], pages of the window branch.
-    k_tail, v_tail: [num_tail_slots, H, l, D or Dv], the last raw tokens of the compression branch:
-    token p of a sequence is entry p % l of its slot.
+    k_tail, v_tail: [num_tails, H, l, D or Dv], the last raw tokens of the compression branch: token
+    p of a sequence is entry p % l of the tail of its window page, or of the sequence's own one.
 
     k_scale, v_scale: [H] fp32 on the device, of an FP8 (torch.float8_e4m3fn) cache, None of any
     other. It holds round(clamp(x / scale, -448, 448)), and compressed entries have the scale of
     the raw ones. Only where the branches share keys and values, and only on a GPU.
+
+    k_lse: [num_pages, H, page_size / lse_stride, D], mean keys of the coarse windows, filed as
+    compressed windows are; None where the dialect has none (`NSASpec.lse_len`).
     """
 
     k: Tensor
@@ -44,6 +47,7 @@ class LayerCache:
     v_tail: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    k_lse: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -77,7 +81,7 @@ class BranchMetadata:
 
     swa_page_table: [B, P] int32, window pages by position // page_size; 0 where freed.
     swa_slot_mapping: [T] int64. fresh_swa_pages: [F] int64, as `AttnMetadata.fresh_pages`.
-    tail_slots: [B] int32, the row's slot in k_tail and v_tail.
+    tail_slots: [B] int32, the row's own tail in k_tail and v_tail; None: tails are window pages'.
     window_sources: [W, l] int64, the tokens of every window that closes: i < T is token i of the
     step, T + slot * l + p % l is token p in the tail.
     tail_tokens, tail_rows: [X] int64, step tokens to keep in the tail, and slot * l + p % l.
@@ -86,7 +90,7 @@ class BranchMetadata:
     swa_page_table: Tensor
     swa_slot_mapping: Tensor
     fresh_swa_pages: Tensor
-    tail_slots: Tensor
+    tail_slots: Tensor | None
     window_sources: Tensor
     tail_tokens: Tensor
     tail_rows: Tensor
@@ -105,6 +109,7 @@ class AttnMetadata:
     page_table: [B, P] int32, padded with the null page.
     window_slots: [W, l] int64, slots of the tokens of every window that closes in this step.
     cmp_slot_mapping: [W] int64, page * E + entry where each of them is filed.
+    lse_window_slots, lse_slot_mapping: the same of the coarse windows, none without `lse_len`.
     fresh_pages: [F] int64, pages that this step opens and leaves with unwritten entries. They are
     zeroed first: a masked key weighs 0, but 0 times a stale NaN would still be NaN.
     branches: None when the branches share keys and values.
@@ -119,6 +124,8 @@ class AttnMetadata:
     cmp_slot_mapping: Tensor
     fresh_pages: Tensor
     num_decode_rows: int
+    lse_window_slots: Tensor
+    lse_slot_mapping: Tensor
     branches: BranchMetadata | None = None
 
 
@@ -137,11 +144,11 @@ def build_metadata(
     pages[b]: the pages of row b, in order, enough for its tokens. starts[b]: tokens of row b that
     are in the cache already. query_lens[b]: tokens that this step adds, at least 1.
     num_decode_rows: rows at the front with exactly one query token.
-    swa_pages, tail_slots: window pages of each row (0 where freed) and its slot in the tail, for a
-    model whose branches have keys and values of their own.
+    swa_pages: window pages of each row (0 where freed), for a model whose branches have keys and
+    values of their own. tail_slots: the tail of each row; None: every window page has one.
 
-    Raises ValueError when a row's pages do not hold its tokens, or one of swa_pages and tail_slots
-    is missing.
+    Raises ValueError when a row's pages do not hold its tokens, tail_slots come without swa_pages,
+    or window pages meet `lse_len`.
     """
     size = spec.block_size
     start = np.asarray(starts, dtype=np.int64)
@@ -161,34 +168,55 @@ def build_metadata(
     entries = window_end // spec.cmp_stride - 1
     opens = positions % size == 0
     left_open = positions // size == (seq_lens[token_row] - 1) // size
-    # The first l/d - 1 compressed entries of a sequence do not exist.
-    fresh = opens & (left_open | (positions == 0))
+    # The first l/d - 1 compressed entries of a sequence do not exist, nor do its first coarse ones.
+    fresh = opens & (left_open | (positions < max(1, spec.lse_len - spec.lse_stride)))
     branches = None
-    if (swa_pages is None) != (tail_slots is None):
-        raise ValueError("swa_pages and tail_slots describe one cache: pass both or neither")
-    if swa_pages is not None and tail_slots is not None:
+    if swa_pages is None and tail_slots is not None:
+        raise ValueError("tail_slots are of a cache with window pages: pass swa_pages as well")
+    if swa_pages is not None and spec.lse_len:
+        raise ValueError(
+            "lse_len needs keys that the branches share: coarse windows are read from their pages"
+        )
+    if swa_pages is not None:
         swa_table = _page_table(swa_pages, seq_lens, size)
-        slots = np.asarray(tail_slots, dtype=np.int64)
         length = spec.cmp_len
+
+        def tail_rows_of(
+            row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+            position: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+        ) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+            if tail_slots is None:
+                slots = swa_table[row, position // size].astype(np.int64)
+            else:
+                slots = np.asarray(tail_slots, dtype=np.int64)[row]
+            return slots * length + position % length
+
         row_start, row_token = start[window_row, None], cu_seqlens[window_row, None]
-        kept = positions >= seq_lens[token_row] - length
+        # Every page has the last tokens before its end; a row's own tail those of the row.
+        stop = seq_lens[token_row]
+        if tail_slots is None:
+            stop = np.minimum(stop, (positions // size + 1) * size)
+        kept = positions >= stop - length
         branches = BranchMetadata(
             swa_page_table=torch.from_numpy(swa_table),
             swa_slot_mapping=torch.from_numpy(_slots(swa_table, token_row, positions, size)),
             fresh_swa_pages=torch.from_numpy(
                 swa_table[token_row[fresh], positions[fresh] // size].astype(np.int64)
             ),
-            tail_slots=torch.from_numpy(slots.astype(np.int32)),
+            tail_slots=None
+            if tail_slots is None
+            else torch.from_numpy(np.asarray(tail_slots, dtype=np.int32)),
             window_sources=torch.from_numpy(
                 np.where(
                     window_positions >= row_start,
                     window_positions - row_start + row_token,
-                    len(positions) + slots[window_row, None] * length + window_positions % length,
+                    len(positions) + tail_rows_of(window_row[:, None], window_positions),
                 )
             ),
             tail_tokens=torch.from_numpy(np.flatnonzero(kept)),
-            tail_rows=torch.from_numpy(slots[token_row[kept]] * length + positions[kept] % length),
+            tail_rows=torch.from_numpy(tail_rows_of(token_row[kept], positions[kept])),
         )
+    lse_window_slots, lse_slots = _coarse_windows(table, token_row, ended, spec)
     return AttnMetadata(
         positions=torch.from_numpy(positions),
         slot_mapping=torch.from_numpy(_slots(table, token_row, positions, size)),
@@ -203,7 +231,35 @@ def build_metadata(
             table[token_row[fresh], positions[fresh] // size].astype(np.int64)
         ),
         num_decode_rows=num_decode_rows,
+        lse_window_slots=torch.from_numpy(lse_window_slots),
+        lse_slot_mapping=torch.from_numpy(lse_slots),
         branches=branches,
+    )
+
+
+def _coarse_windows(
+    table: "np.ndarray[tuple[int, ...], np.dtype[np.int32]]",
+    token_row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    ended: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    spec: NSASpec,
+) -> tuple[
+    "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+]:
+    """Token slots and entry slots of the coarse windows that close in the step.
+
+    ended: tokens of the row up to each of the step's, that one included.
+    """
+    if not spec.lse_len:
+        return np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
+    coarse = spec.coarse
+    closes = (ended >= coarse.cmp_len) & (ended % coarse.cmp_stride == 0)
+    row, end = token_row[closes], ended[closes]
+    positions = end[:, None] - coarse.cmp_len + np.arange(coarse.cmp_len)
+    entries = end // coarse.cmp_stride - 1
+    return (
+        _slots(table, row[:, None], positions, coarse.block_size),
+        _slots(table, row, entries, coarse.cmp_entries_per_page),
     )
 
 

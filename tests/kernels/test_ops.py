@@ -100,8 +100,8 @@ def test_branch_keys_without_a_cache_for_them_are_refused() -> None:
     shared = make_problem(FLA, [20])
     problem.cache = shared.cache
     problem.k_swa = problem.k
-    with pytest.raises(ValueError, match="both or neither"):
-        build_metadata([[1, 2]], [0], [20], FLA, swa_pages=[[1, 2]])
+    with pytest.raises(ValueError, match="pass swa_pages as well"):
+        build_metadata([[1, 2]], [0], [20], FLA, tail_slots=[0])
 
 
 CONSTANT_GATES = [g for g in itertools.product((0.0, 1.0, 0.5), repeat=3) if any(g)][::4]

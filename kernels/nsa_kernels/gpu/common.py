@@ -77,3 +77,8 @@ def check_geometry(spec: NSASpec) -> None:
             )
     if spec.block_size > 128:
         raise ValueError(f"block_size must be at most 128 on a GPU, got {spec.block_size}")
+    for name in ("dense_len", "lse_len"):
+        if getattr(spec, name):
+            raise ValueError(
+                f"{name} {getattr(spec, name)} has no kernels for a GPU yet; use device cpu"
+            )

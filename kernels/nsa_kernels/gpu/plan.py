@@ -127,6 +127,8 @@ def plan_attention(
     }
     if meta.branches is not None:
         host["swa_page_table"] = meta.branches.swa_page_table.numpy()
+        if meta.branches.tail_slots is None:
+            raise ValueError("GPU kernels want a tail for each row: pass tail_slots")
         host["tail_slots"] = meta.branches.tail_slots.numpy()
     score_chunks: list[ScoreChunk] = []
     if num_decode_rows < num_rows:
