@@ -8,6 +8,7 @@ from typing import Any
 from report_api import api_section
 from report_gpu import gpu_section
 from report_kernels import kernel_section
+from report_quality import quality_section
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -102,7 +103,7 @@ def write_report() -> None:
     cpu = RESULTS / "cpu.json"
     if cpu.is_file():
         parts.append(cpu_section(json.loads(cpu.read_text())))
-    sections = (api_section, gpu_section, kernel_section)
+    sections = (quality_section, api_section, gpu_section, kernel_section)
     parts += [text for section in sections if (text := section(RESULTS))]
     (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
 
