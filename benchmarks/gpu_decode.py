@@ -275,7 +275,9 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
         "weight_bytes": info.weight_bytes,
         "num_parameters": info.num_parameters,
         "cache_tokens": info.num_pages * info.page_size,
-        "cache_bytes_per_token": sum(part.bytes_per_token for part in info.cache),
+        "cache_bytes_per_token": sum(
+            part.bytes_per_token for part in info.cache if part.max_tokens is None
+        ),
         "weight_floor_ms": bench.floor_ms,
         "repeats": options.repeats,
         "decode": [],

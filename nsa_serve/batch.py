@@ -59,10 +59,12 @@ def build_batch(
     output: SchedulerOutput,
     spec: NSASpec,
     pages_of: Callable[[Request], Sequence[int]] = attrgetter("pages"),
+    swa_pages_of: Callable[[Request], Sequence[int]] | None = None,
 ) -> ForwardBatch:
     """Lay out a scheduled step; rows keep the scheduler's order, decode rows first.
 
     pages_of: a request's pages, for a runner that has them in a form that is faster to read.
+    swa_pages_of: its window pages; None where the model has none.
     """
     token_ids: list[int] = []
     sampling_rows: list[int] = []
@@ -84,6 +86,9 @@ def build_batch(
             sampling_rows.append(len(token_ids) - 1)
             sampling_requests.append(request)
             output_positions.append(row.output_position)
+    swa_pages = None
+    if swa_pages_of is not None:
+        swa_pages = [swa_pages_of(row.request) for row in output.rows]
     return ForwardBatch(
         input_ids=torch.tensor(token_ids, dtype=torch.int64),
         attn=build_metadata(
@@ -92,6 +97,7 @@ def build_batch(
             [row.num_tokens for row in output.rows],
             spec,
             num_decode_rows=output.num_decode_rows,
+            swa_pages=swa_pages,
         ),
         sampling_rows=torch.tensor(sampling_rows, dtype=torch.int64),
         sampling_requests=sampling_requests,

@@ -29,9 +29,14 @@ DEFAULT_MODEL = "smollm2-135m-nsa"
 ENV_PREFIX = "NSA_SERVE_"
 
 Compression = Literal["mean", "mlp"]
-Gate = Literal["linear", "constant"]
-RopeType = Literal["default", "linear", "llama3"]
+Gate = Literal["linear", "constant", "mlp"]
+RopeType = Literal["default", "linear", "llama3", "yarn", "longrope"]
+Branch = Literal["cmp", "slc", "swa"]
+NSADialect = Literal["nsa", "ssa", "moba", "full"]
 DeviceType = Literal["cpu", "cuda"]
+
+BRANCHES: tuple[Branch, ...] = ("cmp", "slc", "swa")
+"""In the order of gates."""
 
 # Share of a GPU's memory that the engine may take, when --gpu-memory-utilization does not say.
 DEFAULT_GPU_MEMORY_UTILIZATION = 0.9
@@ -87,6 +92,11 @@ class EngineConfig(BaseModel):
         "Model",
         "JSON file with an `nsa` section for a Llama checkpoint that has none, "
         "or to replace the one it has",
+    )
+    nsa_dialect: NSADialect | None = _field(
+        None,
+        "Model",
+        "what a llama-nsa checkpoint computes, where its config.json leaves it open",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = _field(
         "auto", "Model", "run dtype; auto is bfloat16 where the processor has it, else float32"
@@ -268,30 +278,57 @@ class NSAConfig(NSASpec):
 
     compression: "mean", or "mlp" (learnable, with intra-block position encoding).
     cmp_hidden_size: width of the compression MLP's hidden layer; ignored by "mean".
-    gate: "linear" (one sigmoid gate per query head and branch, from the layer's input) or
+    gate: "linear" (one sigmoid gate per query head and branch, from the layer's input), "mlp" (the
+        same through a hidden layer of gate_hidden_size with silu; both layers have a bias) or
         "constant" (`gate_constant`, no weights).
-    gate_bias: the gate projection has a bias.
+    gate_bias: the projection of gate "linear" has a bias.
     gate_constant: weights of (cmp, slc, swa) when gate is "constant".
+    branches: those whose outputs are added up. The others' gates are learned all the same.
+    window_gate: whose gate weighs the swa branch: its own, or that of slc, where a window as long
+        as the longest context stands for attention to everything.
     """
 
     compression: Compression = "mean"
     cmp_hidden_size: int = 256
     gate: Gate = "linear"
+    gate_hidden_size: int = 256
     gate_bias: bool = False
     gate_constant: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    branches: tuple[Branch, ...] = BRANCHES
+    window_gate: Literal["swa", "slc"] = "swa"
 
     def __post_init__(self) -> None:
         # Not super(): a slots dataclass is a new class, and the zero-argument form would miss it.
         NSASpec.__post_init__(self)
         if self.compression not in ("mean", "mlp"):
             raise ValueError(f"compression must be 'mean' or 'mlp', got {self.compression!r}")
-        if self.gate not in ("linear", "constant"):
-            raise ValueError(f"gate must be 'linear' or 'constant', got {self.gate!r}")
+        if self.gate not in ("linear", "constant", "mlp"):
+            raise ValueError(f"gate must be 'linear', 'mlp' or 'constant', got {self.gate!r}")
+        if self.gate_hidden_size < 1:
+            raise ValueError(f"gate_hidden_size must be at least 1, got {self.gate_hidden_size}")
         if self.cmp_hidden_size < 1:
             raise ValueError(f"cmp_hidden_size must be at least 1, got {self.cmp_hidden_size}")
         if len(self.gate_constant) != 3:
             raise ValueError(
                 f"gate_constant must hold three numbers (cmp, slc, swa), got {self.gate_constant}"
+            )
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        in_order = tuple(branch for branch in BRANCHES if branch in self.branches)
+        if not self.branches or self.branches != in_order:
+            raise ValueError(
+                f"branches must name at least one of {', '.join(BRANCHES)}, in this order, got "
+                f"{self.branches}"
+            )
+        if self.branches == ("swa",) and not self.window_size:
+            raise ValueError("window_size must be at least 1 where swa is the only branch, got 0")
+        if self.window_gate not in ("swa", "slc"):
+            raise ValueError(f"window_gate must be 'swa' or 'slc', got {self.window_gate!r}")
+        if self.window_gate == "slc" and (self.gate != "linear" or self.branches != ("swa",)):
+            raise ValueError(
+                "window_gate 'slc' needs gate 'linear' and branches ('swa',), got gate "
+                f"{self.gate!r} and branches {self.branches}"
             )
 
     @classmethod
@@ -321,6 +358,10 @@ def _read_nsa_field(name: str, value: object) -> Any:
                 f"nsa.{name} must be a list of three finite numbers (cmp, slc, swa), got {value!r}"
             )
         return tuple(numbers)
+    if name == "branches":
+        if not isinstance(value, list) or not all(type(item) is str for item in value):
+            raise ModelError(f"nsa.{name} must be a list of cmp, slc and swa, got {value!r}")
+        return tuple(value)
     expected = type(NSAConfig.__dataclass_fields__[name].default)
     if type(value) is not expected:
         raise ModelError(f"nsa.{name} must be of type {expected.__name__}, got {value!r}")
@@ -329,18 +370,50 @@ def _read_nsa_field(name: str, value: object) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeScaling:
-    """Rotary scaling: "linear" divides positions by factor; "llama3" rescales low frequencies."""
+    """Rotary scaling, with the fields of transformers (`models/rope_scaling.py` has the formulas).
+
+    "linear" divides positions by factor; "llama3" and "yarn" rescale low frequencies; "longrope"
+    divides each frequency by a factor of its own. attention_factor: of cosines and sines; None =
+    what the type computes.
+    """
 
     rope_type: RopeType = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """A DeepSeekMoE feed-forward: softmax over all experts, top-k, weights not renormalised.
+
+    num_shared_experts: that every token takes: one gated MLP of so many times
+    expert_intermediate_size. num_dense_layers: first layers with a dense MLP instead.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    num_shared_experts: int
+    expert_intermediate_size: int
+    num_dense_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a decoder with NSA attention, whatever family its checkpoint is of."""
+    """Shape of a decoder with NSA attention, whatever family its checkpoint is of.
+
+    kv_per_branch: compression, selection and window have keys and values of their own. moe: None
+    for dense layers. embedding_scale, residual_scale, logit_scale (muP): of embeddings, of what
+    every branch adds to the residual stream, and of the hidden state before the head.
+    """
 
     family: str
     vocab_size: int
@@ -360,6 +433,11 @@ class ModelConfig:
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
+    kv_per_branch: bool = False
+    moe: MoEConfig | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
     checkpoint_dtype: str = "bfloat16"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -372,6 +450,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim must be even for rotary embedding, got {self.head_dim}")
+        if self.rope_scaling.rope_type == "longrope":
+            for name in ("short_factor", "long_factor"):
+                num_factors = len(getattr(self.rope_scaling, name))
+                if num_factors != self.head_dim // 2:
+                    raise ModelError(
+                        f"rope_scaling.{name} must have {self.head_dim // 2} numbers, one for each "
+                        f"pair of head_dim {self.head_dim}, got {num_factors}"
+                    )
 
     @property
     def group_size(self) -> int:

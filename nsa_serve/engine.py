@@ -31,6 +31,7 @@ from nsa_serve.structured.masks import GrammarMasks, TokenMatcher
 from nsa_serve.structured.matcher import GrammarError
 from nsa_serve.trace import check_trace
 from nsa_serve.warm_up import first_request, gpu_batches, grammar_request
+from nsa_serve.window_pages import WindowPages, history_len
 
 # Most grammars take less: their requests then run in the next step already.
 _COMPILE_WAIT_S = 0.005
@@ -65,6 +66,17 @@ class Engine:
             model.nsa.block_size,
             enable_prefix_caching=config.enable_prefix_caching,
         )
+        windows = None
+        if loaded.num_swa_pages:
+            windows = WindowPages(
+                PagePool(
+                    loaded.num_swa_pages,
+                    model.nsa.block_size,
+                    enable_prefix_caching=config.enable_prefix_caching,
+                ),
+                history_len=history_len(model.nsa.window_size, model.nsa.cmp_len),
+            )
+        self.swa_pool = None if windows is None else windows.pool
         capacity = self.pool.num_pages * self.pool.page_size
         max_model_len = min(plan.max_model_len, capacity)
         self.scheduler = Scheduler(
@@ -75,6 +87,7 @@ class Engine:
             policy=config.scheduling_policy,
             enable_chunked_prefill=config.enable_chunked_prefill,
             eos_token_ids=model.eos_token_ids,
+            windows=windows,
         )
         # By request id.
         self._compiling: dict[str, tuple[Request, Future[TokenMatcher]]] = {}
@@ -116,6 +129,8 @@ class Engine:
             decode_reads=pipeline.decode_reads,
             prefill_reads=pipeline.prefill_reads,
             num_graph_replays_total=self._num_graph_replays,
+            num_free_swa_pages=0 if self.swa_pool is None else self.swa_pool.num_free_pages,
+            num_swa_pages=0 if self.swa_pool is None else self.swa_pool.num_pages,
         )
 
     @property
@@ -214,7 +229,7 @@ class Engine:
             self._warm_up_grammars()
             self.runner.reset_counts()
         self._pipeline.reset_counts()
-        self.pool.reset_prefix_cache()
+        self.scheduler.reset_prefix_cache()
         self.scheduler.num_preemptions_total = 0
         self.scheduler.prefix_cache_queries_total = 0
         self.scheduler.prefix_cache_hits_total = 0

@@ -14,7 +14,7 @@ from nsa_kernels.checks import check_fp8_dims
 from nsa_serve.cache_reads import ReadCosts
 from nsa_serve.config import EngineConfig, ModelConfig, StepLimits
 from nsa_serve.errors import CapacityError, ConfigError, ModelError
-from nsa_serve.kv_cache import KVCache, bytes_per_page, components, num_pages_for
+from nsa_serve.kv_cache import KVCache, components, num_pages_for, page_cost
 from nsa_serve.memory import available_bytes
 from nsa_serve.messages import DeviceMemory, EngineInfo, LoadProgress, TraceGeometry
 from nsa_serve.model_runner import ModelRunner
@@ -63,12 +63,16 @@ class SetupPlan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedRunner:
-    """A model that can run steps. num_pages is with the null page; memory is None on a CPU."""
+    """A model that can run steps. memory is None on a CPU.
+
+    num_pages, num_swa_pages: with the null page; 0 window pages where the model has none.
+    """
 
     runner: "ModelRunner | GpuModelRunner"
     num_pages: int
     weight_bytes: int
     memory: DeviceMemory | None = None
+    num_swa_pages: int = 0
 
 
 def make_plan(config: EngineConfig) -> SetupPlan:
@@ -115,6 +119,8 @@ def load_runner(
 
         return load_gpu_runner(plan, grammars, phases, on_progress=on_progress)
     num_pages = size_cache(plan.config, plan.model, plan.dtype, plan.max_model_len)
+    cost = page_cost(plan.model, plan.dtype, plan.limits, plan.max_model_len)
+    num_swa_pages = cost.num_swa_pages(num_pages)
     with timed(phases, "weights"):
         weights = load_weights(
             plan.source,
@@ -126,10 +132,17 @@ def load_runner(
     with timed(phases, "layout"):
         model = NSATransformer(plan.model, weights, max_positions=plan.max_model_len).eval()
     with timed(phases, "cache"):
-        cache = KVCache(plan.model, num_pages, dtype=plan.dtype, device=plan.device)
+        cache = KVCache(
+            plan.model,
+            num_pages,
+            dtype=plan.dtype,
+            device=plan.device,
+            num_swa_pages=num_swa_pages,
+        )
     return LoadedRunner(
         runner=ModelRunner(model, cache, Sampler(plan.model.eos_token_ids), grammars),
         num_pages=num_pages,
+        num_swa_pages=num_swa_pages,
         weight_bytes=plan.num_parameters * plan.dtype.itemsize,
     )
 
@@ -139,6 +152,7 @@ def describe(
 ) -> EngineInfo:
     """Return what was loaded, for the start-up table and for those who ask."""
     model, num_pages = plan.model, loaded.num_pages - 1
+    num_swa_pages = max(0, loaded.num_swa_pages - 1)
     return EngineInfo(
         family=model.family,
         dtype=_name(plan.dtype),
@@ -150,7 +164,7 @@ def describe(
         vocab_size=model.vocab_size,
         page_size=model.nsa.block_size,
         num_pages=num_pages,
-        cache=components(model, plan.cache_dtype, num_pages),
+        cache=components(model, plan.cache_dtype, num_pages, num_swa_pages),
         phase_s=phases,
         bos_token_id=model.bos_token_id,
         eos_token_ids=model.eos_token_ids,
@@ -158,6 +172,7 @@ def describe(
         memory=loaded.memory,
         cache_dtype=_name(plan.cache_dtype),
         quantization=plan.config.quantization,
+        num_swa_pages=num_swa_pages,
     )
 
 
@@ -222,7 +237,14 @@ def _check_fp8_cache(device: torch.device, model: ModelConfig) -> None:
     """Raise ConfigError where kernels cannot use an FP8 cache.
 
     GPUs older than Ada (8.9) have no instructions for e4m3; for head widths see `check_fp8_dims`.
+    A cache with window pages has no scales for them, and one with coarse keys none for those.
     """
+    for field, is_set in (("kv_per_branch", model.kv_per_branch), ("lse_len", model.nsa.lse_len)):
+        if is_set:
+            raise ConfigError(
+                f"kv_cache_dtype fp8 is not supported for a model with {field}, as "
+                f"{model.family} has: leave --kv-cache-dtype out"
+            )
     try:
         check_fp8_dims(model.head_dim, model.v_head_dim)
     except ValueError as error:
@@ -284,11 +306,11 @@ def size_cache(
     Raises CapacityError, with the numbers and a remedy, when a --max-model-len that was asked for
     does not fit.
     """
-    page_size = model.nsa.block_size
-    pages_per_request = -(-max_model_len // page_size)
-    per_page = bytes_per_page(model, dtype)
+    page_size, limits = model.nsa.block_size, config.limits("cpu", max_model_len)
+    cost = page_cost(model, dtype, limits, max_model_len)
+    pages_per_request = cost.pages_per_request
     if config.page_memory is not None:
-        num_pages = num_pages_for(model, dtype, config.page_memory)
+        num_pages = num_pages_for(cost, config.page_memory)
     else:
         weight_bytes = dtype.itemsize * num_parameters(model)
         free = available_bytes()
@@ -298,13 +320,13 @@ def size_cache(
                 f"free: free some, or serve a smaller model"
             )
         memory = (free - weight_bytes) // _DEFAULT_MEMORY_SHARE
-        useful = config.limits("cpu", max_model_len).max_num_seqs * pages_per_request + 1
-        num_pages = min(num_pages_for(model, dtype, memory), useful)
+        useful = limits.max_num_seqs * pages_per_request + 1
+        num_pages = min(num_pages_for(cost, memory), useful)
     if config.max_model_len is not None and num_pages - 1 < pages_per_request:
         fits = (num_pages - 1) * page_size
         raise CapacityError(
             f"one request of max_model_len {max_model_len} needs {pages_per_request} pages of "
-            f"{per_page} bytes, but the cache holds {num_pages - 1}: set --max-model-len {fits} or "
-            f"less, or --page-memory {(pages_per_request + 1) * per_page} or more"
+            f"{cost.page_bytes} bytes, but the cache holds {num_pages - 1}: set --max-model-len "
+            f"{fits} or less, or --page-memory {cost.bytes_of(pages_per_request + 1)} or more"
         )
     return num_pages

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nsa_serve.config import DEFAULT_GPU_MEMORY_UTILIZATION, EngineConfig
 from nsa_serve.errors import CapacityError
+from nsa_serve.page_cost import PageCost
 
 # A page costs the host some 200 bytes of bookkeeping once it holds a prefix.
 MAX_PAGES = 2**22
@@ -45,24 +46,6 @@ class GpuUsage:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageCost:
-    """What pages cost and how many one request needs; page_bytes is with all layers.
-
-    fp8_page_bytes: a page's bytes with --kv-cache-dtype fp8; page_bytes when that is in use.
-    """
-
-    page_bytes: int
-    fp8_page_bytes: int
-    page_size: int
-    max_model_len: int
-
-    @property
-    def pages_per_request(self) -> int:
-        """Pages of a request of max_model_len tokens."""
-        return -(-self.max_model_len // self.page_size)
-
-
 def utilization_of(config: EngineConfig) -> float:
     """Return the share of the GPU's memory that may be in use."""
     share = config.gpu_memory_utilization
@@ -86,9 +69,9 @@ def plan_gpu_pages(config: EngineConfig, usage: GpuUsage, cost: PageCost) -> int
     room = usage.total_bytes - usage.fixed_bytes
     if config.page_memory is None:
         room = int(usage.total_bytes * utilization_of(config)) - usage.fixed_bytes
-        num_pages = max(0, room) // cost.page_bytes
+        num_pages = cost.num_pages_in(room)
     else:
-        num_pages = config.page_memory // cost.page_bytes
+        num_pages = cost.num_pages_in(config.page_memory)
         if config.page_memory > room:
             raise CapacityError(
                 f"page_memory is {config.page_memory} bytes, but {max(0, room)} are left: "
@@ -101,12 +84,12 @@ def plan_gpu_pages(config: EngineConfig, usage: GpuUsage, cost: PageCost) -> int
 
 def _page_memory_remedy(config: EngineConfig, cost: PageCost, num_needed: int, room: int) -> str:
     """Say what helps where more pages were asked for than fit."""
-    if room >= num_needed * cost.page_bytes:
+    needed_bytes = cost.bytes_of(num_needed)
+    if room >= needed_bytes:
         return f"set --page-memory {room}"
-    num_pages = room // cost.page_bytes
+    num_pages = cost.num_pages_in(room)
     if config.max_model_len is not None and num_pages >= 2:
         return f"set --page-memory {room} and --max-model-len {(num_pages - 1) * cost.page_size}"
-    needed_bytes = num_needed * cost.page_bytes
     return f"free {needed_bytes - room} bytes of the GPU and set --page-memory {needed_bytes}"
 
 
@@ -114,7 +97,7 @@ def _explain(
     config: EngineConfig, usage: GpuUsage, cost: PageCost, *, num_pages: int, needed: int
 ) -> str:
     """Say that `num_pages` are too few, and what would help: only what surely does."""
-    needed_bytes = needed * cost.page_bytes
+    needed_bytes = cost.bytes_of(needed)
     subject = "the KV cache"
     if config.max_model_len is not None:
         subject = f"one request of max_model_len {config.max_model_len}"
@@ -126,16 +109,15 @@ def _explain(
         source = f"page_memory is {room} bytes"
     remedies = _remedies(config, usage, cost, num_pages=num_pages, needed=needed)
     return (
-        f"{subject} needs {needed} pages of {cost.page_bytes} bytes, the null page included: "
-        f"{needed_bytes} bytes, but {source} ({max(0, num_pages)} pages): {usage.describe()}; "
-        + ", or ".join(remedies)
+        f"{subject} needs {cost.describe(needed)}: {needed_bytes} bytes, but {source} "
+        f"({num_pages} pages): {usage.describe()}; " + ", or ".join(remedies)
     )
 
 
 def _remedies(
     config: EngineConfig, usage: GpuUsage, cost: PageCost, *, num_pages: int, needed: int
 ) -> list[str]:
-    needed_bytes = needed * cost.page_bytes
+    needed_bytes = cost.bytes_of(needed)
     remedies = []
     if config.max_model_len is not None and num_pages >= 2:
         remedies.append(f"set --max-model-len {(num_pages - 1) * cost.page_size} or less")
@@ -160,9 +142,10 @@ def _remedies(
         missing = needed_bytes - budget
         return [f"free {missing} bytes of the GPU and set --page-memory {needed_bytes}"]
     missing = needed_bytes - room
-    if usage.activation_bytes >= missing:
+    if usage.activation_bytes + cost.step_swa_bytes >= missing:
+        growing = "the activations and the window pages" if cost.step_swa_bytes else "activations"
         return [
-            f"lower --max-num-batched-tokens or --max-num-seqs, with which the activations grow, "
+            f"lower --max-num-batched-tokens or --max-num-seqs, with which {growing} grow, "
             f"until they take {missing} bytes less"
         ]
     return [f"free {missing} bytes of the GPU, or serve a smaller model"]

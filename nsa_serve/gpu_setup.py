@@ -18,17 +18,17 @@ from nsa_serve.errors import CapacityError
 from nsa_serve.gpu_memory import (
     MAX_PAGES,
     GpuUsage,
-    PageCost,
     estimate_graph_bytes,
     plan_gpu_pages,
     utilization_of,
 )
 from nsa_serve.gpu_runner import GpuModelRunner
-from nsa_serve.kv_cache import KVCache, bytes_per_page
+from nsa_serve.kv_cache import KVCache, page_cost
 from nsa_serve.kv_scales import LayerScales, calibrate_scales
 from nsa_serve.messages import DeviceMemory, LoadProgress
 from nsa_serve.models.nsa_transformer import NSATransformer
 from nsa_serve.models.weights import load_device_weights, weight_bytes
+from nsa_serve.page_cost import PageCost
 from nsa_serve.structured.masks import GrammarMasks
 
 logger = logging.getLogger(__name__)
@@ -109,11 +109,18 @@ def load_gpu_runner(
         remedy = "lower --max-num-batched-tokens or --max-num-seqs"
         with _out_of_memory("the largest step", remedy):
             usage = measure(plan, meter, model, grammars, reserved_before=reserved_before)
-        num_pages, max_model_len = _plan_pages(plan, usage)
+        cost = page_cost(plan.model, plan.cache_dtype, plan.limits, plan.max_model_len)
+        num_pages, max_model_len = _plan_pages(plan, usage, cost)
+        num_swa_pages = cost.num_swa_pages(num_pages)
     remedy = "lower --gpu-memory-utilization or --page-memory"
     with timed(phases, "cache"), _out_of_memory("the KV cache", remedy):
         cache = KVCache(
-            plan.model, num_pages, dtype=plan.cache_dtype, device=plan.device, scales=scales
+            plan.model,
+            num_pages,
+            dtype=plan.cache_dtype,
+            device=plan.device,
+            num_swa_pages=num_swa_pages,
+            scales=scales,
         )
         runner = _make_runner(plan, model, cache, grammars, max_model_len=max_model_len)
     with timed(phases, "graphs"), _out_of_memory("a CUDA graph", f"{remedy}, or --enforce-eager"):
@@ -123,6 +130,7 @@ def load_gpu_runner(
     return LoadedRunner(
         runner=runner,
         num_pages=num_pages,
+        num_swa_pages=num_swa_pages,
         weight_bytes=num_weight_bytes,
         memory=DeviceMemory(
             name=meter.name,
@@ -151,7 +159,13 @@ def measure(
     """
     loaded = meter.reserved()
     meter.start_peak()
-    cache = KVCache(plan.model, 2, dtype=plan.cache_dtype, device=plan.device)
+    cache = KVCache(
+        plan.model,
+        2,
+        dtype=plan.cache_dtype,
+        device=plan.device,
+        num_swa_pages=2 if plan.model.kv_per_branch else 0,
+    )
     runner = _make_runner(
         plan, model, cache, grammars, max_model_len=plan.max_model_len, is_eager=True
     )
@@ -176,19 +190,12 @@ def measure(
     )
 
 
-def _plan_pages(plan: SetupPlan, usage: GpuUsage) -> tuple[int, int]:
+def _plan_pages(plan: SetupPlan, usage: GpuUsage, cost: PageCost) -> tuple[int, int]:
     """Return the number of pages and the longest request that they hold; say what was lowered."""
-    page_size = plan.model.nsa.block_size
-    cost = PageCost(
-        page_bytes=bytes_per_page(plan.model, plan.cache_dtype),
-        fp8_page_bytes=bytes_per_page(plan.model, torch.float8_e4m3fn),
-        page_size=page_size,
-        max_model_len=plan.max_model_len,
-    )
     num_pages = plan_gpu_pages(plan.config, usage, cost)
     if num_pages == MAX_PAGES:
         logger.info("the KV cache has %d pages, the most that it may have", MAX_PAGES)
-    max_model_len = min(plan.max_model_len, (num_pages - 1) * page_size)
+    max_model_len = min(plan.max_model_len, (num_pages - 1) * cost.page_size)
     if max_model_len < plan.max_model_len:
         logger.info(
             "max_model_len is %d, which is what fits the cache; the model was made for %d",

@@ -28,11 +28,15 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class CacheComponent(msgspec.Struct, frozen=True):
-    """One line of the cache table: a kind of entry and what it costs."""
+    """One line of the cache table: a kind of entry and what it costs.
 
-    name: str  # "raw", "compressed", "window"
+    max_tokens: of one sequence, those that have such an entry at a time, at most; None is all.
+    """
+
+    name: str  # "raw", "compressed", "coarse", "window", "tail"
     bytes_per_token: float
     total_bytes: int
+    max_tokens: int | None = None
 
 
 class TraceGeometry(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,6 +95,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     memory: DeviceMemory | None = None  # None on a CPU
     cache_dtype: str = ""  # empty: that of the model
     quantization: str | None = None
+    num_swa_pages: int = 0  # window pages without their null page; 0 where the model has none
 
 
 class EngineReady(msgspec.Struct, frozen=True, tag=True):
@@ -119,7 +124,7 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
 
     num_step_tokens and the reads are those of the last step alone: what attention needed of the
     cache (bytes over a server's life would outgrow 64 bits). num_graph_replays_total: None where
-    no step is replayed from a graph.
+    no step is replayed from a graph. num_swa_pages: window pages, 0 where the model has none.
     """
 
     num_steps_total: int = 0
@@ -134,6 +139,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     decode_reads: CacheReads = CacheReads()
     prefill_reads: CacheReads = CacheReads()
     num_graph_replays_total: int | None = None
+    num_free_swa_pages: int = 0
+    num_swa_pages: int = 0
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag=True):

@@ -23,6 +23,7 @@ from typing import Literal
 from prometheus_client import (
     CollectorRegistry,
     Counter,
+    Gauge,
     PlatformCollector,
     ProcessCollector,
     generate_latest,
@@ -98,6 +99,7 @@ class Metrics:
         self.kv_cache_usage = new.gauge(
             "kv_cache_usage_perc", "Used share of the pages, 0 to 1.", is_vllm=True
         )
+        self._swa_cache_usage: Gauge | None = None
         self.ready = new.gauge("ready", "1 when new requests are taken, else 0.")
 
     def _create_counters(self) -> None:
@@ -230,6 +232,8 @@ class Metrics:
         self._waiting_for_capacity.set(stats.num_waiting)
         if stats.num_pages:
             self.kv_cache_usage.set(1.0 - stats.num_free_pages / stats.num_pages)
+        if stats.num_swa_pages:
+            self._set_swa_cache_usage(1.0 - stats.num_free_swa_pages / stats.num_swa_pages)
         for counter, now, before in (
             (self.num_preemptions, stats.num_preemptions_total, last.num_preemptions_total),
             (
@@ -251,6 +255,14 @@ class Metrics:
             self._reads.on_step(decode=stats.decode_reads, prefill=stats.prefill_reads)
         self._num_first_tokens = 0
         self._last_stats = stats
+
+    def _set_swa_cache_usage(self, share: float) -> None:
+        # Created when a model has window pages: elsewhere there is nothing to use.
+        if self._swa_cache_usage is None:
+            self._swa_cache_usage = self._families.gauge(
+                "swa_cache_usage_perc", "Used share of the window pages, 0 to 1."
+            )
+        self._swa_cache_usage.set(share)
 
     def _count_graph_replays(self, num_replays: int) -> None:
         # Created when an engine has graphs: a constant 0 elsewhere would look like a fault.

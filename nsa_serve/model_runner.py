@@ -6,6 +6,7 @@ on its own, so that steps can be overlapped, and that be tested, without one.
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import msgspec
 import torch
@@ -62,7 +63,8 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, output: SchedulerOutput) -> LaunchedStep:
         """Run the forward pass of a step, and the masks of its grammars beside it."""
-        batch = build_batch(output, self.model.config.nsa)
+        swa_pages_of = attrgetter("swa_pages") if self.model.config.kv_per_branch else None
+        batch = build_batch(output, self.model.config.nsa, swa_pages_of=swa_pages_of)
         for index, request in batch.pending_tokens:
             batch.input_ids[index] = self._last_token_ids[request.request_id]
         is_waiting = any(

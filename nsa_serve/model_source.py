@@ -7,17 +7,21 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsa_serve.config import DEFAULT_MODEL, EngineConfig
+from nsa_serve.config import DEFAULT_MODEL, EngineConfig, NSADialect
 from nsa_serve.errors import ModelError
 from nsa_serve.models.config_file import read_json
+from nsa_serve.preset_tokenizer import make_preset_tokenizer
 from nsa_serve.tokenizer import Tokenizer
 
 BUILT_IN_MODELS = (DEFAULT_MODEL,)
 """Names that need no path: their NSA section is packaged under assets/."""
+
+PRESETS = ("nsa-27b", "nsa-moe-tiny")
+"""Names of a packaged config.json without weights, to measure speed with."""
 
 _ASSETS = Path(__file__).parent / "assets"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -30,13 +34,15 @@ class ModelSource:
     """A model on this machine's disk: either `folder` or `gguf` is set.
 
     name: what the API calls it. nsa_section: the `nsa` section that gives or replaces the
-    checkpoint's own.
+    checkpoint's own. nsa_dialect: --nsa-dialect. is_preset: the folder has a config.json only.
     """
 
     name: str
     folder: Path | None = None
     gguf: Path | None = None
     nsa_section: Mapping[str, Any] | None = None
+    nsa_dialect: NSADialect | None = None
+    is_preset: bool = False
 
 
 def resolve_model(config: EngineConfig) -> ModelSource:
@@ -45,25 +51,35 @@ def resolve_model(config: EngineConfig) -> ModelSource:
     Raises ModelError that says what was looked for, and what to do.
     """
     override = None if config.nsa_config is None else read_nsa_file(Path(config.nsa_config))
+    dialect = config.nsa_dialect
+    if override is not None and dialect is not None:
+        raise ModelError(
+            f"--nsa-config {config.nsa_config} and --nsa-dialect {dialect} both say what the "
+            "attention is: leave one out"
+        )
     model = config.model
     path = Path(model).expanduser()
-    is_hub = model not in BUILT_IN_MODELS and not path.exists() and _is_hub_id(model)
+    is_named = model in BUILT_IN_MODELS or model in PRESETS
+    is_hub = not is_named and not path.exists() and _is_hub_id(model)
     if config.revision is not None and not is_hub:
         raise ModelError(
             f"revision {config.revision!r} applies to hub ids only, and {model!r} is none"
         )
     name = served_name(config)
     if model in BUILT_IN_MODELS:
-        return _built_in(model, override)
-    if is_hub:
-        return ModelSource(
-            name=name, folder=_download(model, config.revision), nsa_section=override
-        )
-    if path.is_dir():
-        return ModelSource(name=name, folder=_checked_folder(path), nsa_section=override)
-    if path.is_file() and path.suffix == ".gguf":
-        return ModelSource(name=name, gguf=path, nsa_section=override)
-    raise ModelError(_not_found(model, path))
+        source = _built_in(model, override)
+    elif model in PRESETS:
+        source = _preset(config, override)
+    elif is_hub:
+        folder = _download(model, config.revision)
+        source = ModelSource(name=name, folder=folder, nsa_section=override)
+    elif path.is_dir():
+        source = ModelSource(name=name, folder=_checked_folder(path), nsa_section=override)
+    elif path.is_file() and path.suffix == ".gguf":
+        source = ModelSource(name=name, gguf=path, nsa_section=override)
+    else:
+        raise ModelError(_not_found(model, path))
+    return replace(source, nsa_dialect=dialect)
 
 
 def served_name(config: EngineConfig) -> str:
@@ -73,7 +89,8 @@ def served_name(config: EngineConfig) -> str:
     for this machine's folders.
     """
     path = Path(config.model).expanduser()
-    if config.model in BUILT_IN_MODELS or not (path.exists() or path.is_absolute()):
+    is_named = config.model in BUILT_IN_MODELS or config.model in PRESETS
+    if is_named or not (path.exists() or path.is_absolute()):
         return config.model
     resolved = path.resolve()
     return resolved.stem if resolved.suffix == ".gguf" else resolved.name
@@ -85,15 +102,21 @@ def load_tokenizer(config: EngineConfig) -> Tokenizer:
     if source.gguf is not None:
         return Tokenizer.from_gguf(source.gguf)
     assert source.folder is not None, "a source has a folder or a GGUF file"
+    if source.is_preset:
+        return make_preset_tokenizer(read_json(source.folder / "config.json"))
     return Tokenizer.from_folder(source.folder)
 
 
 def read_nsa_file(path: Path) -> Mapping[str, Any]:
     """Read --nsa-config: a JSON object that has an `nsa` section, or that is the section itself.
 
+    An object with a `sparse_config` (MiniCPM4) and without `nsa` gives that, under its name.
+
     Raises ModelError when the file cannot be read or holds neither.
     """
     value = read_json(path)
+    if "nsa" not in value and "sparse_config" in value:
+        return {"sparse_config": value["sparse_config"]}
     section = value.get("nsa", value)
     if not isinstance(section, dict):
         raise ModelError(f"--nsa-config {path}: the nsa section must be an object")
@@ -111,6 +134,17 @@ def _built_in(name: str, override: Mapping[str, Any] | None) -> ModelSource:
     return ModelSource(
         name=name, gguf=gguf, nsa_section=asset["nsa"] if override is None else override
     )
+
+
+def _preset(config: EngineConfig, override: Mapping[str, Any] | None) -> ModelSource:
+    name = config.model
+    if config.load_format != "dummy":
+        raise ModelError(
+            f"{name} is a shape without weights, to measure speed with: no checkpoint of it was "
+            "published. Serve it with --load-format dummy (random weights), or name a model that "
+            "has weights"
+        )
+    return ModelSource(name=name, folder=_ASSETS / name, nsa_section=override, is_preset=True)
 
 
 def _packaged_file(name: str, base: Mapping[str, str]) -> Path:
@@ -150,7 +184,8 @@ def _not_found(model: str, path: Path) -> str:
     if path.is_file():
         return f"{model} is a file, but no .gguf file; expected a folder or a .gguf file"
     return (
-        f"model {model!r} not found: it is no built-in name ({', '.join(BUILT_IN_MODELS)}), no "
+        f"model {model!r} not found: it is no built-in name "
+        f"({', '.join((*BUILT_IN_MODELS, *PRESETS))}), no "
         f"folder or .gguf file exists at {path.absolute()}, and a hub id has the form org/name"
     )
 

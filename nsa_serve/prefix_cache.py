@@ -4,13 +4,15 @@ from collections.abc import Iterable
 
 from nsa_serve.page_pool import PagePool, hash_page, root_hash
 from nsa_serve.request import Request
+from nsa_serve.window_pages import WindowPages
 
 
 class PrefixCache:
     """Looks up and publishes the full pages of requests, by their chain of hashes."""
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, windows: WindowPages | None = None) -> None:
         self._pool = pool
+        self._windows = windows
 
     def is_used_by(self, request: Request) -> bool:
         """True when the request may take its prefix from the cache."""
@@ -18,11 +20,17 @@ class PrefixCache:
         return self._pool.enable_prefix_caching and request.params.prompt_logprobs is None
 
     def find_hits(self, request: Request) -> list[int]:
-        """Return cached pages of the request's prefix; at least one token is left to compute."""
+        """Return cached pages of the request's prefix; at least one token is left to compute.
+
+        With window pages, those that the next token reads are cached, too.
+        """
         if not self.is_used_by(request):
             return []
         self._extend_hashes(request)
-        return self._pool.find_prefix(request.page_hashes[: self._max_hits(request)])
+        hits = self._pool.find_prefix(request.page_hashes[: self._max_hits(request)])
+        if self._windows is not None:
+            del hits[self._windows.num_hits(request.page_hashes[: len(hits)]) :]
+        return hits
 
     def is_prefix_coming(
         self, request: Request, num_hits: int, *, running: Iterable[Request]
@@ -48,8 +56,11 @@ class PrefixCache:
             return
         page_size = self._pool.page_size
         self._extend_hashes(request)
-        for index in range(start // page_size, request.num_computed_tokens // page_size):
+        first, stop = start // page_size, request.num_computed_tokens // page_size
+        for index in range(first, stop):
             self._pool.register(request.pages[index], request.page_hashes[index])
+        if self._windows is not None:
+            self._windows.publish(request, start=first, stop=stop)
 
     def _max_hits(self, request: Request) -> int:
         return (request.num_tokens - 1) // self._pool.page_size

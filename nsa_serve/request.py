@@ -307,8 +307,10 @@ class RequestMatcher(Protocol):
 class Request:
     """The engine's state of one request; lives from arrival to its last token.
 
-    `pages[i]` is the page that holds tokens [i * page_size, (i + 1) * page_size). The tokens
-    [0, num_computed_tokens) are in the cache; `num_tokens - num_computed_tokens` are still to run.
+    `pages[i]` is the page that holds tokens [i * page_size, (i + 1) * page_size), and so is
+    `swa_pages[i]` among the window pages, 0 once it is passed; empty where a model has none. The
+    tokens [0, num_computed_tokens) are in the cache; `num_tokens - num_computed_tokens` are still
+    to run.
     """
 
     __slots__ = (
@@ -329,6 +331,7 @@ class Request:
         "sampling_seed",
         "scheduled_s",
         "status",
+        "swa_pages",
         "token_ids",
         "trace",
     )
@@ -349,6 +352,7 @@ class Request:
         self.num_prefix_hit_tokens = 0
         self.num_preemptions = 0
         self.pages: list[int] = []
+        self.swa_pages: list[int] = []
         self.page_hashes: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.status = RequestStatus.WAITING

@@ -16,7 +16,8 @@ them. That is safe where steps run in the order in which they were scheduled, as
 device: whoever gets such a page next writes to it in a later step, and reads of it only what it
 wrote. The prefix cache has no page that a stale row writes to: a row writes to pages that are not
 full without it, and a page is published when the rows that fill it are updated, which a stale row
-never is.
+never is. Window pages may be published earlier, see `window_pages.py`, but only full of known
+tokens, which a row writes whether it is stale by then or not.
 """
 
 import time
@@ -27,7 +28,7 @@ from nsa_serve.errors import ConfigError, RequestError
 from nsa_serve.page_pool import PagePool
 from nsa_serve.prefix_cache import PrefixCache
 from nsa_serve.request import FinishReason, Request, RequestStatus, TokenOutput
-from nsa_serve.scheduler_check import check_requests
+from nsa_serve.scheduler_check import check_requests, check_windows
 from nsa_serve.scheduler_output import (
     SampledToken,
     ScheduledRow,
@@ -35,6 +36,7 @@ from nsa_serve.scheduler_output import (
     make_token_output,
 )
 from nsa_serve.scheduler_queue import Entry, Policy, WaitingQueue
+from nsa_serve.window_pages import WindowPages
 
 __all__ = ["Policy", "SampledToken", "ScheduledRow", "Scheduler", "SchedulerOutput"]
 
@@ -50,7 +52,7 @@ class _Step:
 
 
 class Scheduler:
-    """Continuous batching over one page pool.
+    """Continuous batching over one page pool, or two.
 
     A request's tokens, prompt and output together, are at most `max_request_tokens`: the smaller of
     max_model_len and what the whole pool holds. One that reaches it ends with
@@ -58,6 +60,7 @@ class Scheduler:
 
     enable_chunked_prefill: a prompt may be run in several steps; without, it takes one.
     policy: "fcfs" serves by arrival, "priority" by (`Request.priority`, arrival), lowest first.
+    windows: of a model with window pages, with a pool for these limits (`num_step_pages`).
     clock: the one of `Request.arrival_s`, in seconds.
     Raises ValueError when a limit is below 1 or the policy is unknown, ConfigError when prompts
     must not be cut and the longest does not fit in a step.
@@ -73,6 +76,7 @@ class Scheduler:
         enable_chunked_prefill: bool = True,
         policy: Policy = "fcfs",
         eos_token_ids: tuple[int, ...] = (),
+        windows: WindowPages | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value in (
@@ -90,6 +94,7 @@ class Scheduler:
                 f"{max_num_batched_tokens}, or leave chunked prefill on"
             )
         self.pool = pool
+        self.windows = windows
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
@@ -104,7 +109,7 @@ class Scheduler:
         # In the order of service; decode rows that the budget left out come to the front.
         self._running: dict[str, Entry] = {}
         self._waiting = WaitingQueue(policy)
-        self._prefix_cache = PrefixCache(pool)
+        self._prefix_cache = PrefixCache(pool, windows)
         self._clock = clock
 
     @property
@@ -165,6 +170,10 @@ class Scheduler:
         steps late.
         """
         step = _Step(budget=self.max_num_batched_tokens)
+        if self.windows is not None:
+            # All of them, rows or not: else what long chunks have passed could fill the pool.
+            for entry in self._running.values():
+                self.windows.pass_by(entry.request, entry.next_start)
         longer = self._schedule_decode_rows(step)
         self._schedule_chunks(step, longer)
         # The pages of a preempted request are for those that run: admitting it again, or another,
@@ -209,24 +218,38 @@ class Scheduler:
     def discard(self, output: SchedulerOutput) -> None:
         """Forget a step that did not run, so that `schedule` gives its tokens out again.
 
-        With several steps outstanding, the newest is discarded first.
+        With several steps outstanding, the newest is discarded first. With window pages, its
+        requests are preempted: what they have passed for the sake of this step may be gone. So are
+        the hashes of window pages, some of which may stand for tokens of this step.
         """
+        if self.windows is not None:
+            self.windows.pool.reset_prefix_cache()
         for row in output.rows:
             if row.is_stale:
                 continue
             entry = self._entries[row.request.request_id]
             assert row.start + row.num_tokens == entry.next_start, "a later step is outstanding"
+            if self.windows is not None:
+                self._requeue(entry)
+                continue
             entry.num_in_flight_tokens -= row.num_tokens
             entry.num_pending_tokens -= row.samples
             num_kept = self._num_pages(entry.next_start)
             self.pool.release(row.request.pages[num_kept:])
             del row.request.pages[num_kept:]
 
+    def reset_prefix_cache(self) -> None:
+        """Forget what all pages hold; requests that run keep theirs."""
+        self.pool.reset_prefix_cache()
+        if self.windows is not None:
+            self.windows.pool.reset_prefix_cache()
+
     def check(self) -> None:
         """Raise AssertionError, saying which, when an invariant of scheduler or pool is broken."""
         self.pool.check()
         assert len(self._running) <= self.max_num_seqs, f"{len(self._running)} requests run"
         check_requests(self.pool, self._entries, self._waiting, self._running.values())
+        check_windows(self.windows, self._waiting, self._running.values())
 
     def _check_request(self, request: Request) -> None:
         if request.request_id in self._entries:
@@ -337,6 +360,8 @@ class Scheduler:
             pages = self.pool.allocate(count)
             if pages is not None:
                 request.pages.extend(pages)
+                if self.windows is not None:
+                    self.windows.grow(request, len(request.pages))
                 return True
             assert len(self._running) > 1, f"{request.request_id} does not fit the pool alone"
             self._preempt(max(self._running.values(), key=self._waiting.key), step)
@@ -348,6 +373,12 @@ class Scheduler:
         row = rows.pop(request.request_id, None)
         if row is not None:
             step.budget += row.num_tokens
+        self._requeue(entry)
+        step.preempted.append(request)
+
+    def _requeue(self, entry: Entry) -> None:
+        """Take a running request's pages and let it wait, to be computed anew."""
+        request = entry.request
         del self._running[request.request_id]
         self._release_pages(entry)
         request.num_computed_tokens = 0
@@ -357,7 +388,6 @@ class Scheduler:
         request.num_preemptions += 1
         request.status = RequestStatus.WAITING
         self._waiting.add(entry)
-        step.preempted.append(request)
         self.num_preemptions_total += 1
 
     def _admit(self, step: _Step) -> None:
@@ -401,6 +431,8 @@ class Scheduler:
             request.scheduled_s = self._clock()
         self.pool.take(hits)
         request.pages = list(hits)
+        if self.windows is not None:
+            self.windows.take(request, len(hits))
         request.num_computed_tokens = len(hits) * self.pool.page_size
         # A preempted request finds its own pages again; that is no hit that anybody saved.
         if request.num_preemptions == 0 and self._prefix_cache.is_used_by(request):
@@ -445,6 +477,8 @@ class Scheduler:
     def _release_pages(self, entry: Entry) -> None:
         self.pool.release(entry.request.pages)
         entry.request.pages = []
+        if self.windows is not None:
+            self.windows.release(entry.request)
         # Rows in flight are stale from here on, and so are the tokens that they sample.
         entry.num_in_flight_tokens = 0
         entry.num_pending_tokens = 0

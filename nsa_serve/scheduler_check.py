@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Collection, Iterable
 
-from nsa_serve.page_pool import PagePool
+from nsa_serve.page_pool import NULL_PAGE, PagePool
 from nsa_serve.request import RequestStatus
 from nsa_serve.scheduler_queue import Entry, WaitingQueue
+from nsa_serve.window_pages import WindowPages
 
 
 def check_requests(
@@ -24,7 +25,40 @@ def check_requests(
         assert not entry.num_pending_tokens, f"waiting {request.request_id} has pending tokens"
     for entry in running:
         _check_running(pool, entry)
-    held = Counter(page for entry in running for page in entry.request.pages)
+    _check_held(pool, [page for entry in running for page in entry.request.pages])
+
+
+def check_windows(
+    windows: WindowPages | None, waiting: WaitingQueue, running: Collection[Entry]
+) -> None:
+    """Raise AssertionError, saying which, when requests and window pages disagree."""
+    if windows is None:
+        listed = [entry.request for entry in (*waiting, *running) if entry.request.swa_pages]
+        assert not listed, f"{listed[0].request_id} holds window pages of a model without"
+        return
+    windows.pool.check()
+    for entry in waiting:
+        request = entry.request
+        assert not request.swa_pages, f"waiting {request.request_id} holds {request.swa_pages}"
+    for entry in running:
+        request, name, pages = entry.request, entry.request.request_id, entry.request.swa_pages
+        assert len(pages) == len(request.pages), f"{name} lists {pages} beside {request.pages}"
+        num_passed = next((i for i, page in enumerate(pages) if page != NULL_PAGE), len(pages))
+        num_unread = windows.first_index(entry.next_start)
+        assert num_passed <= num_unread, f"{name} lacks page {num_unread} of {pages}"
+        assert NULL_PAGE not in pages[num_passed:], f"{name} has a hole in {pages}"
+        for page, page_hash in zip(pages, request.page_hashes, strict=False):
+            known = windows.pool.page_hash(page)
+            assert known in (None, page_hash), f"{name}: hash of window page {page}"
+    _check_held(
+        windows.pool,
+        [page for entry in running for page in entry.request.swa_pages if page != NULL_PAGE],
+    )
+
+
+def _check_held(pool: PagePool, listed: Iterable[int]) -> None:
+    """Raise AssertionError unless references are what the lists of requests say."""
+    held = Counter(listed)
     references = {page: pool.num_references(page) for page in held}
     assert references == held, f"references are {references}, page lists say {dict(held)}"
     num_held = pool.num_pages - pool.num_free_pages

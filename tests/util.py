@@ -9,6 +9,7 @@ picks few tokens out of many: a wrong mask, block or position then changes the l
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import checkpoint_name, load_model_config
 from nsa_serve.models.weights import expected_weights
 
-Family = Literal["nsa", "llama-nsa", "llama"]
+Family = Literal["nsa", "llama-nsa", "llama", "nsa_moe", "minicpm"]
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 """Ids 0, 1, 2: padding and document end, start of a turn, end of a turn (the eos token)."""
@@ -129,7 +130,7 @@ def random_weights(config: ModelConfig, *, seed: int = 0) -> dict[str, torch.Ten
             values = 0.3 * values
         else:
             # Unit variance out of unit variance in; times _QK_STD**2 in an attention score.
-            scale = _QK_STD if ".q_proj." in name or ".k_proj." in name else 1.0
+            scale = _QK_STD if re.search(r"\.(q|k|k_\w+)_proj\.", name) else 1.0
             values = scale / math.sqrt(shape[-1]) * values
         weights[name] = values
     return weights
@@ -204,8 +205,10 @@ def write_gguf(
 
 
 def _dialect(family: Family, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    if family == "llama":
+    if family in ("llama", "nsa_moe"):
         return {"nsa": {**NATIVE_NSA, **overrides}}
+    if family == "minicpm":
+        return {}
     return {**(FLA_NSA if family == "nsa" else LLAMA_NSA), **overrides}
 
 

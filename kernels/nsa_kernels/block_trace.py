@@ -1,6 +1,6 @@
 """Which blocks chosen queries of a step selected, layer by layer: for looking into a model.
 
-R traced queries, H KV heads, S selected blocks, P blocks of a sequence.
+R traced queries, H KV heads, S most selected blocks (`block_table_width`), P blocks of a sequence.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,10 @@ class BlockTrace:
 
         uses_slc: False when the model's gates switch selection off; then nothing is selected.
         """
-        size = spec.num_selected_blocks
-        current = meta.positions[torch.tensor(self.rows, dtype=torch.int64)] // spec.block_size
-        block = torch.arange(size)
-        selects_all = (current < size) & uses_slc
+        positions = meta.positions[torch.tensor(self.rows, dtype=torch.int64)]
+        current = positions // spec.block_size
+        block = torch.arange(spec.block_table_width)
+        selects_all = (positions < spec.num_dense_tokens) & uses_slc
         known = (block <= current[:, None]) & selects_all[:, None]  # [R, S]
         template = torch.where(known, block, -1)
         self._template = template[:, None].repeat(1, num_kv_heads, 1)
@@ -51,12 +51,12 @@ class BlockTrace:
         self.layers.append(self._template.clone())
 
     def record_decode(self, block_indices: Tensor | None) -> None:
-        """Take the choice of the decode rows: [B, H, S], or None when all select everything."""
+        """Take the choice of the decode rows: [B, H, at most S], None if all select everything."""
         chosen = [item for item in self._choosing if item[1] < self._num_decode_rows]
         if block_indices is None or not chosen:
             return
         index, row = torch.tensor(chosen).unbind(1)
-        self.layers[-1][index] = block_indices[row]
+        self.layers[-1][index, :, : block_indices.shape[-1]] = block_indices[row]
 
     def record_tile(self, start: int, stop: int, mask: Tensor | None) -> None:
         """Take the choice of the queries [start, stop): [H, Q, P] bool, or None as above."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from nsa_kernels.metadata import BranchKV, LayerCache
+from nsa_kernels.spec import NSASpec
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
@@ -32,6 +33,23 @@ def check_scales(cache: LayerCache, num_kv_heads: int) -> None:
         raise ValueError(
             "an FP8 cache needs branches that share keys and values; this one has k_swa"
         )
+
+
+def check_coarse(cache: LayerCache, spec: NSASpec) -> None:
+    """Raise ValueError unless a cache has coarse keys exactly where the dialect has any."""
+    if (cache.k_lse is None) != (spec.lse_len == 0):
+        raise ValueError(
+            "a cache has k_lse exactly where the dialect has coarse windows: got lse_len "
+            f"{spec.lse_len} and a cache {'without' if cache.k_lse is None else 'with'} k_lse"
+        )
+    if cache.k_lse is not None:
+        num_pages, num_kv_heads, page_size, head_dim = cache.k.shape
+        entries = page_size // spec.lse_stride
+        check_shape("cache.k_lse", cache.k_lse, (num_pages, num_kv_heads, entries, head_dim))
+        if cache.k_lse.dtype != cache.k_cmp.dtype:
+            raise ValueError(
+                f"k_lse must have the dtype of k_cmp, {cache.k_cmp.dtype}, got {cache.k_lse.dtype}"
+            )
 
 
 def check_fp8_dims(head_dim: int, v_head_dim: int) -> None:

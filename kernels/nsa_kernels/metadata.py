@@ -32,6 +32,9 @@ class LayerCache:
     k_scale, v_scale: [H] fp32 on the device, of an FP8 (torch.float8_e4m3fn) cache, None of any
     other. It holds round(clamp(x / scale, -448, 448)), and compressed entries have the scale of
     the raw ones. Only where the branches share keys and values, and only on a GPU.
+
+    k_lse: [num_pages, H, page_size / lse_stride, D], mean keys of the coarse windows, filed as
+    compressed windows are; None where the dialect has none (`NSASpec.lse_len`).
     """
 
     k: Tensor
@@ -44,6 +47,7 @@ class LayerCache:
     v_tail: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    k_lse: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -105,6 +109,7 @@ class AttnMetadata:
     page_table: [B, P] int32, padded with the null page.
     window_slots: [W, l] int64, slots of the tokens of every window that closes in this step.
     cmp_slot_mapping: [W] int64, page * E + entry where each of them is filed.
+    lse_window_slots, lse_slot_mapping: the same of the coarse windows, none without `lse_len`.
     fresh_pages: [F] int64, pages that this step opens and leaves with unwritten entries. They are
     zeroed first: a masked key weighs 0, but 0 times a stale NaN would still be NaN.
     branches: None when the branches share keys and values.
@@ -119,6 +124,8 @@ class AttnMetadata:
     cmp_slot_mapping: Tensor
     fresh_pages: Tensor
     num_decode_rows: int
+    lse_window_slots: Tensor
+    lse_slot_mapping: Tensor
     branches: BranchMetadata | None = None
 
 
@@ -161,11 +168,15 @@ def build_metadata(
     entries = window_end // spec.cmp_stride - 1
     opens = positions % size == 0
     left_open = positions // size == (seq_lens[token_row] - 1) // size
-    # The first l/d - 1 compressed entries of a sequence do not exist.
-    fresh = opens & (left_open | (positions == 0))
+    # The first l/d - 1 compressed entries of a sequence do not exist, nor do its first coarse ones.
+    fresh = opens & (left_open | (positions < max(1, spec.lse_len - spec.lse_stride)))
     branches = None
     if (swa_pages is None) != (tail_slots is None):
         raise ValueError("swa_pages and tail_slots describe one cache: pass both or neither")
+    if swa_pages is not None and spec.lse_len:
+        raise ValueError(
+            "lse_len needs keys that the branches share: coarse windows are read from their pages"
+        )
     if swa_pages is not None and tail_slots is not None:
         swa_table = _page_table(swa_pages, seq_lens, size)
         slots = np.asarray(tail_slots, dtype=np.int64)
@@ -189,6 +200,7 @@ def build_metadata(
             tail_tokens=torch.from_numpy(np.flatnonzero(kept)),
             tail_rows=torch.from_numpy(slots[token_row[kept]] * length + positions[kept] % length),
         )
+    lse_window_slots, lse_slots = _coarse_windows(table, token_row, ended, spec)
     return AttnMetadata(
         positions=torch.from_numpy(positions),
         slot_mapping=torch.from_numpy(_slots(table, token_row, positions, size)),
@@ -203,7 +215,35 @@ def build_metadata(
             table[token_row[fresh], positions[fresh] // size].astype(np.int64)
         ),
         num_decode_rows=num_decode_rows,
+        lse_window_slots=torch.from_numpy(lse_window_slots),
+        lse_slot_mapping=torch.from_numpy(lse_slots),
         branches=branches,
+    )
+
+
+def _coarse_windows(
+    table: "np.ndarray[tuple[int, ...], np.dtype[np.int32]]",
+    token_row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    ended: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    spec: NSASpec,
+) -> tuple[
+    "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+]:
+    """Token slots and entry slots of the coarse windows that close in the step.
+
+    ended: tokens of the row up to each of the step's, that one included.
+    """
+    if not spec.lse_len:
+        return np.zeros((0, 0), dtype=np.int64), np.zeros(0, dtype=np.int64)
+    coarse = spec.coarse
+    closes = (ended >= coarse.cmp_len) & (ended % coarse.cmp_stride == 0)
+    row, end = token_row[closes], ended[closes]
+    positions = end[:, None] - coarse.cmp_len + np.arange(coarse.cmp_len)
+    entries = end // coarse.cmp_stride - 1
+    return (
+        _slots(table, row[:, None], positions, coarse.block_size),
+        _slots(table, row, entries, coarse.cmp_entries_per_page),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_kernels import torch_ops, torch_plan
 from nsa_kernels.block_trace import BlockTrace
-from nsa_kernels.checks import check_branch_kv, check_scales, check_shape
+from nsa_kernels.checks import check_branch_kv, check_coarse, check_scales, check_shape
 from nsa_kernels.metadata import AttnMetadata, BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
@@ -118,6 +118,7 @@ def nsa_attention(
     check_shape("v", v, (num_tokens, num_kv_heads, v_head_dim))
     check_branch_kv(branch_kv, cache, k, v)
     check_scales(cache, num_kv_heads)
+    check_coarse(cache, spec)
     if num_q_heads % num_kv_heads:
         raise ValueError(f"{num_q_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     if isinstance(gates, Tensor):

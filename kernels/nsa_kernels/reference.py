@@ -81,6 +81,18 @@ def cmp_attention(
     return _masked_attention(q, k_cmp, v_cmp, visible, softmax_scale)
 
 
+def selection_lse(
+    q: Tensor, k_lse: Tensor, positions: Tensor, spec: NSASpec, *, softmax_scale: float
+) -> Tensor:
+    """Return InfLLM-v2's log-sum-exp of the scores of the coarse windows: [Tq, HQ].
+
+    k_lse [N', H, D]: means of the keys of windows of `lse_len` tokens, every `lse_stride`
+    (`compress_mean(k, spec.coarse)`), of which a query sees those that end at or before it.
+    """
+    _, lse = cmp_attention(q, k_lse, k_lse, positions, spec.coarse, softmax_scale=softmax_scale)
+    return lse
+
+
 def block_scores(
     q: Tensor,
     k_cmp: Tensor,
@@ -96,7 +108,8 @@ def block_scores(
     q [Tq, HQ, D], k_cmp [N, H, D], lse [Tq, HQ] -> [Tq, H, num_blocks].
     p = exp(q k_cmp * softmax_scale - lse) on the visible windows and 0 elsewhere, summed over the
     heads of the group, then mapped to blocks as `spec.score_map` says. Usually `lse` is that of
-    `cmp_attention`; InfLLM-v2 takes it from longer windows. Where it is -inf, scores are 0.
+    `cmp_attention`; InfLLM-v2 takes `selection_lse`, and p may then exceed 1. Where it is -inf,
+    scores are 0.
     """
     num_queries, num_q_heads, _ = q.shape
     num_windows, num_kv_heads, _ = k_cmp.shape
@@ -133,12 +146,13 @@ def overlap_weights(num_windows: int, num_blocks: int, spec: NSASpec) -> Tensor:
 
 
 def select_blocks(scores: Tensor, positions: Tensor, spec: NSASpec) -> Tensor:
-    """Choose the blocks of every query: [Tq, H, num_blocks] -> [Tq, H, S] int32 (Eq. 11).
+    """Choose the blocks of every query: [Tq, H, num_blocks] -> [Tq, H, width] int32 (Eq. 11).
 
     With IC = position // block_size the candidates are the blocks 0..IC. The first
     `num_init_blocks` and the `num_local_blocks` that end at IC are always chosen, the best others
-    fill up: higher score first, then lower index. A row lists its blocks in ascending order and
-    ends in -1 where fewer than S were chosen.
+    fill up: higher score first, then lower index. A query at a position below `dense_len` - 1
+    chooses every candidate. A row lists its blocks in ascending order and ends in -1 where fewer
+    than width = `block_table_width` (S without `dense_len`) were chosen.
     """
     num_queries, num_kv_heads, num_blocks = scores.shape
     _check_positions(positions, num_queries, num_blocks * spec.block_size)
@@ -151,11 +165,12 @@ def select_blocks(scores: Tensor, positions: Tensor, spec: NSASpec) -> Tensor:
         )
     rows = scores.float().tolist()
     chosen = [
-        [_select_row(rows[i][h], position // spec.block_size, spec) for h in range(num_kv_heads)]
+        [_select_row(rows[i][h], position, spec) for h in range(num_kv_heads)]
         for i, position in enumerate(positions.tolist())
     ]
-    padded = [[blocks + [-1] * (size - len(blocks)) for blocks in heads] for heads in chosen]
-    return torch.tensor(padded, dtype=torch.int32).reshape(num_queries, num_kv_heads, size)
+    width = spec.block_table_width
+    padded = [[blocks + [-1] * (width - len(blocks)) for blocks in heads] for heads in chosen]
+    return torch.tensor(padded, dtype=torch.int32).reshape(num_queries, num_kv_heads, width)
 
 
 def slc_attention(
@@ -222,14 +237,24 @@ def nsa_attention(
     *,
     softmax_scale: float,
     block_indices: Tensor | None = None,
+    k_lse: Tensor | None = None,
 ) -> Tensor:
     """Run the whole of NSA for the queries q [Tq, HQ, D] over one sequence: -> [Tq, HQ, Dv].
 
     k [T, H, D], v [T, H, Dv]; k_cmp, v_cmp: their compression, [N, H, ...]; gates [Tq, HQ, 3].
-    block_indices [Tq, H, S]: attend to these instead of selecting, so that two implementations
+    block_indices [Tq, H, width]: attend to these instead of selecting, so that two implementations
     can be compared although near ties make their selections differ.
+    k_lse: keys of the coarse windows, for a spec with `lse_len`; see `selection_lse`.
+    InfLLM-v2 is the gates (0, 1, 0): one attention, over the selected blocks.
     """
     o_cmp, lse = cmp_attention(q, k_cmp, v_cmp, positions, spec, softmax_scale=softmax_scale)
+    if (k_lse is None) != (spec.lse_len == 0):
+        raise ValueError(
+            f"k_lse goes with lse_len, got lse_len {spec.lse_len} "
+            f"and {'no k_lse' if k_lse is None else 'k_lse'}"
+        )
+    if k_lse is not None:
+        lse = selection_lse(q, k_lse, positions, spec, softmax_scale=softmax_scale)
     if block_indices is None:
         num_blocks = -(-k.shape[0] // spec.block_size)
         scores = block_scores(
@@ -311,8 +336,11 @@ def _max_pool(group_p: Tensor, num_blocks: int, spec: NSASpec) -> Tensor:
     return pooled
 
 
-def _select_row(scores: Sequence[float], current: int, spec: NSASpec) -> list[int]:
-    """Choose the blocks of one query in block `current`, in ascending order."""
+def _select_row(scores: Sequence[float], position: int, spec: NSASpec) -> list[int]:
+    """Choose the blocks of the query at `position`, in ascending order."""
+    current = position // spec.block_size
+    if position + 1 < spec.dense_len:
+        return list(range(current + 1))
     # fla gives a forced block the score 1.0 a head, which no sum of probabilities exceeds, and
     # scores the others on windows complete before block `current`. Windows that end inside it
     # touch only forced blocks there (l = d = l'), so ranking forced blocks first is the same rule.

@@ -25,6 +25,11 @@ class NSASpec:
         32/16/64); "max_pool" is InfLLM-v2's pooling over overlapping windows.
     selection: "exact" top-n, ties to the lower index; "fla_legacy" is the half-and-half rule of
         the kernel that `zen-E/NSA-1B` was published with.
+    dense_len: a query with fewer than this many tokens, its own included, selects every block; 0 =
+        no such rule. Decided for each query, so that prefill and decode agree.
+    lse_len, lse_stride: tokens per coarse window, and between coarse windows, whose keys (the mean)
+        give the log-sum-exp that the scores of the compression windows are relative to (InfLLM-v2:
+        128 and 64); 0 and 0 = that of the compression windows themselves.
 
     Raises ValueError, naming the field, when the values do not fit together.
     """
@@ -38,12 +43,22 @@ class NSASpec:
     window_size: int = 512
     score_map: ScoreMap = "overlap"
     selection: Selection = "exact"
+    dense_len: int = 0
+    lse_len: int = 0
+    lse_stride: int = 0
 
     def __post_init__(self) -> None:
         for name in ("cmp_len", "cmp_stride", "block_size", "num_selected_blocks"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_init_blocks", "num_local_blocks", "window_size"):
+        for name in (
+            "num_init_blocks",
+            "num_local_blocks",
+            "window_size",
+            "dense_len",
+            "lse_len",
+            "lse_stride",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.cmp_len % self.cmp_stride:
@@ -81,6 +96,68 @@ class NSASpec:
                 f"forced blocks, got num_selected_blocks {self.num_selected_blocks} and "
                 f"{forced} forced blocks"
             )
+        if self.selection != "exact" and (self.dense_len or self.lse_len):
+            raise ValueError(
+                f"dense_len and lse_len need selection 'exact', got {self.selection!r} with "
+                f"dense_len {self.dense_len} and lse_len {self.lse_len}"
+            )
+        self._check_coarse_windows()
+
+    def _check_coarse_windows(self) -> None:
+        """Raise ValueError unless there are none, or their keys fit into pages."""
+        if not (self.lse_len or self.lse_stride):
+            return
+        if not (self.lse_len and self.lse_stride) or self.lse_len % self.lse_stride:
+            raise ValueError(
+                f"lse_stride must divide lse_len, or both be 0, got lse_len {self.lse_len} "
+                f"and lse_stride {self.lse_stride}"
+            )
+        if self.block_size % self.lse_stride:
+            raise ValueError(
+                f"lse_stride must divide block_size, got block_size {self.block_size} "
+                f"and lse_stride {self.lse_stride}"
+            )
+        if self.lse_len > self.num_selected_blocks * self.block_size:
+            # So a query that has to choose sees a coarse window.
+            raise ValueError(
+                f"lse_len must not exceed num_selected_blocks * block_size = "
+                f"{self.num_selected_blocks * self.block_size}, got {self.lse_len}"
+            )
+        if self.score_map != "max_pool":
+            raise ValueError(
+                f"lse_len needs score_map 'max_pool', got {self.score_map!r} "
+                f"with lse_len {self.lse_len}"
+            )
+
+    @property
+    def block_table_width(self) -> int:
+        """Most blocks that a query selects: `num_selected_blocks`, or all of a dense query's."""
+        return max(self.num_selected_blocks, -(-(self.dense_len - 1) // self.block_size))
+
+    @property
+    def num_dense_tokens(self) -> int:
+        """Tokens up to which a query selects every block it sees, whatever the scores."""
+        return max(self.num_selected_blocks * self.block_size, self.dense_len - 1)
+
+    @property
+    def coarse(self) -> "NSASpec":
+        """The coarse windows as the compression windows of a spec, for what treats them alike.
+
+        They may be longer than a block, which no other spec allows: scores of blocks are not
+        defined on them. ValueError where lse_len is 0.
+        """
+        if not self.lse_len:
+            raise ValueError("lse_len is 0: this dialect has no coarse windows")
+        return _CoarseSpec(
+            cmp_len=self.lse_len,
+            cmp_stride=self.lse_stride,
+            block_size=self.block_size,
+            num_selected_blocks=self.num_selected_blocks,
+            num_init_blocks=self.num_init_blocks,
+            num_local_blocks=self.num_local_blocks,
+            window_size=self.window_size,
+            score_map=self.score_map,
+        )
 
     @property
     def strides_per_window(self) -> int:
@@ -97,3 +174,12 @@ class NSASpec:
         if num_tokens < self.cmp_len:
             return 0
         return (num_tokens - self.cmp_len) // self.cmp_stride + 1
+
+
+class _CoarseSpec(NSASpec):
+    """What `NSASpec.coarse` returns: checked where it comes from."""
+
+    __slots__ = ()
+
+    def __post_init__(self) -> None:
+        """Accept windows longer than a block."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.torch_plan import MASKED, Branches, DecodePlan
-from nsa_kernels.torch_select import group_block_scores, select_block_indices
+from nsa_kernels.torch_select import group_block_scores, relative_probs, select_block_indices
 
 Outputs = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -51,13 +51,21 @@ def _cmp(
     keys = _pages(cache.k_cmp, plan.page_rows, q.shape[0])
     # In fp32: the scores decide the selection, and for one query that is no slower than bf16.
     scores = torch.baddbmm(plan.cmp_bias, q.float(), keys.float().transpose(1, 2))
-    probs = torch.softmax(scores, dim=-1)
-    output = block_indices = None
+    output = block_indices = probs = None
+    if want_output or plan.lse_bias is None:
+        probs = torch.softmax(scores, dim=-1)
     if want_output:
+        assert probs is not None
         values = _pages(cache.v_cmp, plan.page_rows, q.shape[0])
         output = torch.bmm(probs.to(q.dtype), values).view(plan.num_rows, -1, values.shape[-1])
         output = output * plan.has_windows
     if plan.selection is not None:
+        if plan.lse_bias is not None:
+            assert cache.k_lse is not None
+            keys = _pages(cache.k_lse, plan.page_rows, q.shape[0])
+            coarse = torch.baddbmm(plan.lse_bias, q.float(), keys.float().transpose(1, 2))
+            probs = relative_probs(scores, coarse)
+        assert probs is not None
         block_scores = group_block_scores(probs, plan.selection)
         block_scores = block_scores.view(plan.num_rows, -1, plan.num_pages)
         block_indices = select_block_indices(block_scores, plan.selection)

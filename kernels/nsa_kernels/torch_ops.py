@@ -22,6 +22,8 @@ def store_kv(
 ) -> None:
     """Zero the pages that the step opens, then write keys [T, H, D] and values [T, H, Dv]."""
     _zero_pages((cache.k, cache.v, cache.k_cmp, cache.v_cmp), plan.fresh_rows)
+    if cache.k_lse is not None:
+        _zero_pages((cache.k_lse,), plan.fresh_rows)
     _write(k, cache.k, plan.kv_rows)
     _write(v, cache.v, plan.kv_rows)
     if branch_kv is not None and plan.separate is not None:
@@ -76,6 +78,16 @@ def compress_kv(
             _write(raw[separate.tail_tokens], tail, separate.tail_rows)
 
 
+def compress_coarse(cache: LayerCache, plan: TorchPlan) -> None:
+    """Average the keys of the coarse windows that closed in this step, and file them."""
+    if cache.k_lse is None or not len(plan.lse_rows):
+        return
+    dim = cache.k.shape[-1]
+    windows = cache.k.view(-1, dim).index_select(0, plan.lse_window_rows)
+    entries = windows.view(len(plan.lse_rows), -1, dim).mean(1, dtype=torch.float32)
+    cache.k_lse.view(-1, dim).index_copy_(0, plan.lse_rows, entries.to(cache.k_lse.dtype))
+
+
 def _separate_windows(raw: Tensor, tail: Tensor, plan: BranchPlan, cmp_len: int) -> Tensor:
     """Windows whose tokens lie in the step's own [T, H, dim] or the tail: [W, H, l, dim]."""
     heads, dim = raw.shape[1:]
@@ -108,6 +120,7 @@ def nsa_attention(
     branches = plan.branches
     if branches.cmp or branches.slc:
         compress_kv(branch_kv, cache, plan, cmp_len, compression)
+        compress_coarse(cache, plan)
     q = q * softmax_scale
     if plan.trace is not None:
         plan.trace.begin_layer()

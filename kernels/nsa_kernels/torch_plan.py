@@ -52,6 +52,7 @@ class DecodePlan:
     window_page_rows: Tensor | None
     window_bias: Tensor | None
     cmp_bias: Tensor | None  # [B * H, 1, P * E] fp32
+    lse_bias: Tensor | None  # the same of the coarse windows, where there are any
     has_windows: Tensor | None  # [B, 1, 1] 1 where a compressed entry is visible, else 0
     selection: "SelectionPlan | None"
     block_row_base: Tensor | None  # [B, H, 1] start of each row and head in page_rows
@@ -64,8 +65,10 @@ class SelectionPlan:
 
     touching: E + l/d - 1, the windows that touch a block; per_block: E, where the next block's
     begin. weights: [touching] fp32 for their sum ("overlap"), None for their maximum ("max_pool").
-    force: [Q, P] fp32, added to the scores: large for forced blocks, -inf for blocks that the
+    force: [Q, P] fp32, added to the scores: inf for forced blocks, -inf for blocks that the
     query cannot choose. halves: for "fla_legacy", two such tensors; n/2 blocks come from each.
+    limits: [Q] int64, blocks of each query at most, where some select more than others (the dense
+    ones); num_selected is then the largest. None = num_selected for all.
     """
 
     num_selected: int
@@ -74,6 +77,7 @@ class SelectionPlan:
     weights: Tensor | None
     force: Tensor
     halves: tuple[Tensor, Tensor] | None
+    limits: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class TilePlan:
     num_keys: int
     causal_bias: Tensor
     cmp_bias: Tensor | None  # [queries, entries]
+    lse_bias: Tensor | None  # [queries, coarse entries] fp32, where scores are relative to those
     has_windows: Tensor | None  # [queries, 1]
     selection: SelectionPlan | None
     window_start: int  # first key that a query of this tile can see through the window
@@ -134,6 +139,7 @@ class TorchPlan:
     """One step for the PyTorch path.
 
     kv_rows [T * H], window_rows [W * H * l], cmp_rows [W * H]: flat token rows.
+    lse_window_rows, lse_rows: as the last two, of the coarse windows.
     fresh_rows [F * H]: page rows to zero first. separate: None when branches share K/V.
     trace: where to record selections, None = nowhere.
     """
@@ -143,6 +149,8 @@ class TorchPlan:
     kv_rows: Tensor
     window_rows: Tensor
     cmp_rows: Tensor
+    lse_window_rows: Tensor
+    lse_rows: Tensor
     decode: DecodePlan | None
     chunks: list[ChunkPlan]
     separate: BranchPlan | None
@@ -165,8 +173,16 @@ def plan_selection(positions: IntArray, num_pages: int, spec: NSASpec) -> Select
     current = (positions // spec.block_size)[:, None]
     block = np.arange(num_pages)[None, :]
     forced = (block < spec.num_init_blocks) | (block > current - spec.num_local_blocks)
-    force = np.where(forced, np.float32(1e9), np.float32(0.0)).astype(np.float32)
+    # Scores relative to coarse windows have no bound but this one.
+    force = np.where(forced, np.float32(np.inf), np.float32(0.0))
     force[np.broadcast_to(block > current, force.shape)] = -np.inf
+    num_selected, limits = spec.num_selected_blocks, None
+    is_dense = positions + 1 < spec.dense_len
+    if is_dense.any():
+        # All their blocks compete, so that the local ones need not be told from the others.
+        num_selected = spec.block_table_width
+        counts = np.where(is_dense, num_selected, spec.num_selected_blocks)
+        limits = torch.from_numpy(counts.astype(np.int64))
     halves = None
     if spec.selection == "fla_legacy":
         # The kernel merges chunks of n blocks and keeps n/2 of the past and n/2 of the last chunk;
@@ -177,12 +193,13 @@ def plan_selection(positions: IntArray, num_pages: int, spec: NSASpec) -> Select
         last = np.where(block >= border, force, np.float32(-np.inf)).astype(np.float32)
         halves = (torch.from_numpy(past), torch.from_numpy(last))
     return SelectionPlan(
-        num_selected=min(spec.num_selected_blocks, num_pages),
+        num_selected=min(num_selected, num_pages),
         touching=spec.cmp_entries_per_page + spec.strides_per_window - 1,
         per_block=spec.cmp_entries_per_page,
         weights=overlap_weights(spec) if spec.score_map == "overlap" else None,
         force=torch.from_numpy(force),
         halves=halves,
+        limits=limits,
     )
 
 
@@ -229,6 +246,12 @@ def plan_attention(
         .flatten(),
         cmp_rows=_flat_rows(
             meta.cmp_slot_mapping, num_kv_heads, spec.cmp_entries_per_page
+        ).flatten(),
+        lse_window_rows=_flat_rows(meta.lse_window_slots, num_kv_heads, spec.block_size)
+        .transpose(1, 2)
+        .flatten(),
+        lse_rows=_flat_rows(
+            meta.lse_slot_mapping, num_kv_heads, spec.block_size // (spec.lse_stride or 1)
         ).flatten(),
         decode=decode,
         chunks=chunks,
@@ -290,13 +313,17 @@ def _plan_decode(
     positions = seq_lens - 1
     token = np.arange(num_pages * size)[None, :]
     visible = token < seq_lens[:, None]
-    is_dense = num_pages <= spec.num_selected_blocks
+    is_dense = bool(seq_lens.max() <= spec.num_dense_tokens)
     selects = branches.slc and not is_dense
-    cmp_bias = has_windows = None
+    cmp_bias = lse_bias = has_windows = None
     if branches.cmp or selects:
         seen = _cmp_visible(positions, num_pages * spec.cmp_entries_per_page, spec)
         cmp_bias = _bias(seen, torch.float32).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
         has_windows = torch.from_numpy(seen.any(1)).to(dtype).view(-1, 1, 1)
+    if selects and spec.lse_len:
+        num_coarse = num_pages * spec.coarse.cmp_entries_per_page
+        seen = _cmp_visible(positions, num_coarse, spec.coarse)
+        lse_bias = _bias(seen, torch.float32).repeat_interleave(num_kv_heads, 0).unsqueeze(1)
     window_page_rows = window_bias = None
     if branches.swa and spec.window_size > 0:
         window_page_rows, window_bias = _plan_decode_window(
@@ -316,6 +343,7 @@ def _plan_decode(
         window_page_rows=window_page_rows,
         window_bias=window_bias,
         cmp_bias=cmp_bias,
+        lse_bias=lse_bias,
         has_windows=has_windows,
         selection=plan_selection(positions, num_pages, spec) if selects else None,
         block_row_base=(
@@ -386,7 +414,7 @@ def _plan_chunk(
 
 def _tile_end(position: int, spec: NSASpec) -> int:
     """Where the tile that starts at `position` ends: inside one block once blocks are selected."""
-    dense_end = spec.num_selected_blocks * spec.block_size
+    dense_end = spec.num_dense_tokens
     if position < dense_end:
         return min(position // DENSE_TILE * DENSE_TILE + DENSE_TILE, dense_end)
     return (position // spec.block_size + 1) * spec.block_size
@@ -396,13 +424,16 @@ def _plan_tile(
     position: int, end: int, offset: int, spec: NSASpec, dtype: torch.dtype, branches: Branches
 ) -> TilePlan:
     positions = np.arange(position, end, dtype=np.int64)
-    selects = branches.slc and end > spec.num_selected_blocks * spec.block_size
-    cmp_bias = has_windows = window_bias = None
+    selects = branches.slc and end > spec.num_dense_tokens
+    cmp_bias = lse_bias = has_windows = window_bias = None
     if branches.cmp or selects:
         num_blocks = -(-end // spec.block_size)
         seen = _cmp_visible(positions, num_blocks * spec.cmp_entries_per_page, spec)
         cmp_bias = _bias(seen, dtype)
         has_windows = torch.from_numpy(seen.any(1)).to(dtype).view(-1, 1)
+    if selects and spec.lse_len:
+        num_coarse = -(-end // spec.block_size) * spec.coarse.cmp_entries_per_page
+        lse_bias = _bias(_cmp_visible(positions, num_coarse, spec.coarse), torch.float32)
     window_start = max(0, position - spec.window_size + 1)
     if branches.swa and spec.window_size > 0:
         key = np.arange(window_start, end)[None, :]
@@ -416,6 +447,7 @@ def _plan_tile(
         num_keys=end,
         causal_bias=_bias(own[None, :] <= own[:, None], dtype),
         cmp_bias=cmp_bias,
+        lse_bias=lse_bias,
         has_windows=has_windows,
         selection=(
             plan_selection(positions, -(-end // spec.block_size), spec) if selects else None

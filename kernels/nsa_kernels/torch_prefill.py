@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa_kernels.block_trace import BlockTrace
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.torch_plan import MASKED, Branches, ChunkPlan, TilePlan
-from nsa_kernels.torch_select import group_block_scores, select_block_mask
+from nsa_kernels.torch_select import group_block_scores, relative_probs, select_block_mask
 
 
 class _Sequence:
@@ -22,6 +22,10 @@ class _Sequence:
         self.v = _gather(cache.v, plan.page_rows)
         self.k_cmp = _gather(cache.k_cmp, plan.page_rows) if plan.needs_cmp else None
         self.v_cmp = _gather(cache.v_cmp, plan.page_rows) if want_cmp_output else None
+        has_coarse = any(tile.lse_bias is not None for tile in plan.tiles)
+        self.k_lse = None
+        if has_coarse and cache.k_lse is not None:
+            self.k_lse = _gather(cache.k_lse, plan.page_rows).float()
         # The window's keys, and the position of the first of them.
         self.k_swa, self.v_swa, self.swa_start = self.k, self.v, 0
         if plan.swa_page_rows is not None:
@@ -106,14 +110,23 @@ def _cmp(
     assert tile.cmp_bias is not None and tile.has_windows is not None
     assert sequence.k_cmp is not None
     num_entries = tile.cmp_bias.shape[-1]
-    scores = _scores(q, sequence.k_cmp[:, :num_entries]).add_(tile.cmp_bias)
-    probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
-    output = mask = None
+    keys = sequence.k_cmp[:, :num_entries]
+    output = mask = probs = None
+    if want_output or tile.lse_bias is None:
+        scores = _scores(q, keys).add_(tile.cmp_bias)
+        probs = torch.softmax(scores, dim=-1, dtype=torch.float32)
     if want_output:
-        assert sequence.v_cmp is not None
+        assert sequence.v_cmp is not None and probs is not None
         output = _weighted_sum(probs.to(q.dtype), sequence.v_cmp[:, :num_entries])
         output = output * tile.has_windows
+    if tile.lse_bias is not None:
+        assert sequence.k_lse is not None
+        # In fp32, as in decode: these scores are for the selection alone.
+        scores = _scores(q.float(), keys.float()).add_(tile.cmp_bias)
+        coarse = _scores(q.float(), sequence.k_lse[:, : tile.lse_bias.shape[-1]])
+        probs = relative_probs(scores, coarse.add_(tile.lse_bias))
     if tile.selection is not None:
+        assert probs is not None
         block_scores = group_block_scores(probs.transpose(1, 2), tile.selection)
         mask = select_block_mask(block_scores, tile.selection)
     return output, mask

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from nsa_kernels.torch_plan import SelectionPlan
 
+# exp of it, summed over any group, stays finite.
+MAX_EXPONENT = 80.0
+
 
 def group_block_scores(cmp_probs: Tensor, plan: SelectionPlan) -> Tensor:
     """Return block scores [..., P] fp32 from [..., G, P * E] fp32 probabilities, summed over G."""
@@ -17,13 +20,26 @@ def group_block_scores(cmp_probs: Tensor, plan: SelectionPlan) -> Tensor:
     return touching.reshape(-1, plan.touching).mv(plan.weights).view(touching.shape[:-1])
 
 
+def relative_probs(scores: Tensor, lse_scores: Tensor) -> Tensor:
+    """Return exp(scores - logsumexp(lse_scores)) [..., N] for fp32 [..., N] and [..., N'].
+
+    Bounded, so that a block that is not forced stays below one that is.
+    """
+    lse = torch.logsumexp(lse_scores, dim=-1, keepdim=True)
+    return (scores - lse).clamp_(max=MAX_EXPONENT).exp_()
+
+
 def select_block_indices(scores: Tensor, plan: SelectionPlan) -> Tensor:
     """Return [B, H, n] int64 block indices for [B, H, P] scores, -1 where there is none.
 
     A stable sort, because `topk` leaves the order of equal scores open.
     """
     if plan.halves is None:
-        return _top_indices(scores + plan.force.unsqueeze(1), plan.num_selected)
+        indices = _top_indices(scores + plan.force.unsqueeze(1), plan.num_selected)
+        if plan.limits is not None:
+            beyond = torch.arange(indices.shape[-1]) >= plan.limits.view(-1, 1, 1)
+            indices.masked_fill_(beyond, -1)
+        return indices
     half = plan.num_selected // 2
     picked = [_top_indices(scores + force.unsqueeze(1), half) for force in plan.halves]
     return torch.cat(picked, dim=-1)

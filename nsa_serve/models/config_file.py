@@ -7,7 +7,6 @@ Both spellings are read: `rope_theta`, `rope_scaling`, `torch_dtype` of transfor
 """
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nsa_serve.config import NSAConfig, RopeScaling
 from nsa_serve.errors import ModelError
+from nsa_serve.models.refusals import refuse_unsupported
+from nsa_serve.models.rope_fields import positive_number, read_rope_scaling
 
 PositiveInt = Annotated[int, Field(ge=1, lt=2**31)]
 NonNegativeInt = Annotated[int, Field(ge=0, lt=2**31)]
@@ -42,16 +43,12 @@ class CheckpointFields(BaseModel):
     dtype: str | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
-    quantization_config: dict[str, Any] | None = None
+    architectures: list[str] | None = None
 
     def common(self) -> dict[str, Any]:
         """Return the arguments of `ModelConfig` that are read alike in every family."""
         if self.hidden_act not in ("silu", "swish"):
             raise ModelError(f"hidden_act must be 'silu' or 'swish', got {self.hidden_act!r}")
-        if self.quantization_config is not None:
-            raise ModelError(
-                "the checkpoint is quantized (quantization_config); use the unquantized safetensors"
-            )
         rope_theta, rope_scaling = self._rope()
         dtype = self.dtype or self.torch_dtype or "float32"
         return {
@@ -76,8 +73,8 @@ class CheckpointFields(BaseModel):
         if partial != 1.0:
             raise ModelError(f"partial_rotary_factor must be 1.0, got {partial!r}")
         theta = merged.pop("rope_theta", self.rope_theta)
-        theta = 10000.0 if theta is None else _positive("rope_theta", theta)
-        return theta, read_rope_scaling(merged)
+        theta = 10000.0 if theta is None else positive_number("rope_theta", theta)
+        return theta, read_rope_scaling(merged, self.max_position_embeddings)
 
 
 FieldsT = TypeVar("FieldsT", bound=CheckpointFields)
@@ -97,7 +94,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_fields(cls: type[FieldsT], raw: Mapping[str, Any]) -> FieldsT:
-    """Validate config.json as `cls`. Raises ModelError naming every missing and wrong field."""
+    """Validate config.json as `cls`.
+
+    Raises ModelError naming every missing and wrong field, or one that the family does not have
+    and that would change what the model computes.
+    """
+    refuse_unsupported(raw, known=cls.model_fields)
     try:
         return cls.model_validate(dict(raw))
     except ValidationError as error:
@@ -120,38 +122,6 @@ def read_token_ids(value: object, where: str) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def read_rope_scaling(section: Mapping[str, Any]) -> RopeScaling:
-    """Read `rope_scaling` in either spelling (`rope_type`, or `type` in old files).
-
-    Raises ModelError for a scaling other than default, linear and llama3, or a missing number.
-    """
-    rope_type = section.get("rope_type", section.get("type", "default"))
-    if rope_type == "default":
-        return RopeScaling()
-    numbers = {
-        "linear": ("factor",),
-        "llama3": (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    }.get(rope_type)
-    if numbers is None:
-        raise ModelError(
-            f"rope scaling {rope_type!r} is not supported; default, linear and llama3 are"
-        )
-    missing = [name for name in numbers if name not in section]
-    if missing:
-        raise ModelError(f"rope scaling {rope_type!r} lacks {', '.join(missing)}")
-    values: dict[str, Any] = {name: _positive(name, section[name]) for name in numbers}
-    if rope_type == "llama3":
-        values["original_max_position_embeddings"] = int(section[numbers[-1]])
-        if values["low_freq_factor"] >= values["high_freq_factor"]:
-            raise ModelError("rope scaling: low_freq_factor must be less than high_freq_factor")
-    return RopeScaling(rope_type=rope_type, **values)
-
-
 def read_nsa_section(section: object) -> NSAConfig:
     """Read an `nsa` section, whose fields are those of NSAConfig. Raises ModelError naming one."""
     if not isinstance(section, Mapping):
@@ -165,13 +135,3 @@ def make_nsa_config(**values: Any) -> NSAConfig:
         return NSAConfig(**values)
     except ValueError as error:
         raise ModelError(f"config.json is unusable: {error}") from None
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and math.isfinite(value)
-
-
-def _positive(name: str, value: Any) -> float:
-    if not _is_number(value) or value <= 0:
-        raise ModelError(f"{name} must be a number above 0, got {value!r}")
-    return float(value)

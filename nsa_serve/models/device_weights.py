@@ -49,7 +49,10 @@ class DeviceWeights:
         """
         slot = self.layout.slots[name]
         begin = slot.first_row + first_row
-        target = self.tensors[slot.name][begin : begin + len(rows)]
+        tensor = self.tensors[slot.name]
+        if tensor.dim() == 3:
+            tensor = tensor.flatten(0, 1)
+        target = tensor[begin : begin + len(rows)]
         if slot.name not in self.layout.quantized:
             target.copy_(rows)
             return

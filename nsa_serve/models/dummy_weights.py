@@ -14,6 +14,7 @@ _SEED = 0
 _STD = 0.02
 # Gates near one half, so that every branch takes part.
 _GATE_STD = 0.002
+_GATES = (".g_proj.", ".gate.fc2.")
 
 
 def fill_with_dummies(
@@ -56,5 +57,5 @@ def draw(name: str, values: Tensor, generator: torch.Generator) -> Tensor:
         return values.fill_(1.0)
     if name.endswith(".bias"):
         return values.zero_()
-    std = _GATE_STD if ".g_proj." in name else _STD
+    std = _GATE_STD if any(part in name for part in _GATES) else _STD
     return values.normal_(0.0, std, generator=generator)

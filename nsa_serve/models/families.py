@@ -3,23 +3,27 @@
 model_type "nsa"            fla              fla.py
 model_type "llama-nsa"      zen-E/NSA-1B     llama_nsa.py
 model_type "llama" + `nsa`  native           native.py
+model_type "nsa_moe"        the paper's      nsa_moe.py
+model_type "minicpm"        MiniCPM4, 4.1    minicpm.py
 GGUF architecture "llama"   native           gguf_llama.py
 """
 
 import dataclasses
 from pathlib import Path
 
-from nsa_serve.config import ModelConfig, NSAConfig
+from nsa_serve.config import ModelConfig
 from nsa_serve.errors import ModelError
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.config_file import read_json, read_nsa_section, read_token_ids
 from nsa_serve.models.fla import fla_name, read_fla
 from nsa_serve.models.gguf_llama import gguf_name, read_gguf_llama
 from nsa_serve.models.llama_nsa import read_llama_nsa
+from nsa_serve.models.minicpm import read_minicpm, read_sparse_config
 from nsa_serve.models.native import read_native
+from nsa_serve.models.nsa_moe import read_nsa_moe
 from nsa_serve.models.safetensors_files import has_safetensors, read_weight_index
 
-SUPPORTED_MODEL_TYPES = ("nsa", "llama-nsa", "llama")
+SUPPORTED_MODEL_TYPES = ("nsa", "llama-nsa", "llama", "nsa_moe", "minicpm")
 """Values of `model_type` in config.json that can be served."""
 
 
@@ -29,11 +33,13 @@ def load_model_config(source: ModelSource) -> ModelConfig:
     Raises ModelError when the family is not supported, when a field is missing or wrong, and when
     a Llama checkpoint does not say how its attention is sparse.
     """
-    nsa = None if source.nsa_section is None else read_nsa_section(source.nsa_section)
     if source.gguf is not None:
+        _refuse_dialect(source, "a GGUF file")
+        section = source.nsa_section
+        nsa = None if section is None else read_nsa_section(section)
         return read_gguf_llama(source.gguf, nsa=nsa)
     assert source.folder is not None, "a source has a folder or a GGUF file"
-    config = _read_folder(source.folder, nsa)
+    config = _read_folder(source, source.folder)
     return _add_generation_config(config, source.folder)
 
 
@@ -44,23 +50,37 @@ def checkpoint_name(source: ModelSource, config: ModelConfig, canonical: str) ->
     return fla_name(canonical) if config.family == "nsa" else canonical
 
 
-def _read_folder(folder: Path, nsa: NSAConfig | None) -> ModelConfig:
+def _read_folder(source: ModelSource, folder: Path) -> ModelConfig:
     raw = read_json(folder / "config.json")
-    model_type = raw.get("model_type")
+    model_type, section = raw.get("model_type"), source.nsa_section
+    if model_type not in SUPPORTED_MODEL_TYPES:
+        raise ModelError(
+            f"model_type {model_type!r} is not supported; supported are "
+            f"{', '.join(SUPPORTED_MODEL_TYPES)} (llama with an `nsa` section), and GGUF files of "
+            "the llama architecture"
+        )
+    if model_type != "llama-nsa":
+        _refuse_dialect(source, f"model_type {model_type!r}")
+    if model_type == "minicpm" and section is not None and "sparse_config" in section:
+        return read_minicpm(raw, nsa=None, sparse=read_sparse_config(section))
+    nsa = None if section is None else read_nsa_section(section)
     if model_type == "nsa":
         return read_fla(raw, nsa=nsa, weight_shapes=_weight_shapes(folder))
     if model_type == "llama-nsa":
-        return read_llama_nsa(raw, nsa=nsa)
-    if model_type == "llama":
-        return read_native(raw, nsa=nsa)
-    message = (
-        f"model_type {model_type!r} is not supported; supported are "
-        f"{', '.join(SUPPORTED_MODEL_TYPES)} (llama with an `nsa` section), and GGUF files of the "
-        "llama architecture"
-    )
+        return read_llama_nsa(raw, nsa=nsa, dialect=source.nsa_dialect)
+    if model_type == "nsa_moe":
+        return read_nsa_moe(raw, nsa=nsa)
     if model_type == "minicpm":
-        message += "; MiniCPM4 (InfLLM-v2) is not supported yet"
-    raise ModelError(message)
+        return read_minicpm(raw, nsa=nsa, sparse=None)
+    return read_native(raw, nsa=nsa)
+
+
+def _refuse_dialect(source: ModelSource, what: str) -> None:
+    if source.nsa_dialect is not None:
+        raise ModelError(
+            f"--nsa-dialect {source.nsa_dialect} is for model_type 'llama-nsa' only, and this is "
+            f"{what}: leave it out; --nsa-config describes the attention of any family"
+        )
 
 
 def _weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -31,6 +31,9 @@ _NAMES = (
     (".post_attention_layernorm.", ".mlp_norm."),
 )
 
+# By which a config of fla is told from others of the same name.
+_OWN_FIELDS = ("num_heads", "block_size", "block_counts", "window_size")
+
 
 class FlaFields(CheckpointFields):
     """config.json of model_type `nsa`."""
@@ -46,7 +49,6 @@ class FlaFields(CheckpointFields):
     block_size: PositiveInt
     block_counts: PositiveInt
     window_size: NonNegativeInt
-    attnres_block_size: int | None = None
 
 
 def fla_name(canonical: str) -> str:
@@ -68,12 +70,14 @@ def read_fla(
     ignored the field and used 64.
     Raises ModelError when a field is missing, wrong or of a variant that is not supported.
     """
-    fields = parse_fields(FlaFields, raw)
-    if fields.attnres_block_size is not None:
+    missing = [name for name in _OWN_FIELDS if name not in raw]
+    if len(missing) == len(_OWN_FIELDS):
         raise ModelError(
-            f"attnres_block_size {fields.attnres_block_size} (attention residuals) is not "
-            "supported; only checkpoints with the plain residual stream are"
+            f"config.json lacks {', '.join(missing)}, which every config of flash-linear-attention "
+            "has: other projects use model_type 'nsa' and architecture 'NSAForCausalLM' too "
+            "(nsa-117m-byte), and their models are not supported"
         )
+    fields = parse_fields(FlaFields, raw)
     if not fields.elementwise_affine:
         raise ModelError("elementwise_affine false (norms without weights) is not supported")
     head_dim = _head_dim(fields, weight_shapes)

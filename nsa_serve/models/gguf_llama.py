@@ -11,9 +11,9 @@ from typing import Any
 from nsa_serve.config import ModelConfig, NSAConfig, RopeScaling
 from nsa_serve.errors import ModelError
 from nsa_serve.gguf_metadata import read_gguf_metadata
-from nsa_serve.models.config_file import read_rope_scaling
 from nsa_serve.models.gguf_tensors import GGUFTensor, read_gguf_tensors
 from nsa_serve.models.native import missing_nsa_section
+from nsa_serve.models.rope_fields import read_rope_scaling
 
 # Without the vocabulary, which is most of the metadata.
 _METADATA_KEYS = (
@@ -99,6 +99,11 @@ class _Metadata:
         kind = self._values.get("llama.rope.scaling.type", "none")
         if kind == "none":
             return RopeScaling()
+        if kind != "linear":
+            raise ModelError(
+                f"{self._path}: rope scaling {kind!r} is not supported in a GGUF file, 'linear' "
+                "is; use the safetensors checkpoint, whose config.json states the scaling in full"
+            )
         section = {"rope_type": kind}
         if "llama.rope.scaling.factor" in self._values:
             section["factor"] = self._values["llama.rope.scaling.factor"]

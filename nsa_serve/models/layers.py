@@ -1,12 +1,11 @@
 """Layers that every family shares. T tokens, HQ/H query and KV heads, D head_dim."""
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_serve.config import RopeScaling
+from nsa_serve.models.rope_scaling import rotary_frequencies
 
 
 class Linear(nn.Module):
@@ -110,10 +109,10 @@ class RotaryEmbedding:
         dtype: torch.dtype,
         device: torch.device | None = None,
     ) -> None:
-        frequency = _inverse_frequencies(head_dim, theta, scaling).to(device)
+        frequency, factor = rotary_frequencies(head_dim, theta, scaling, max_positions)
         positions = torch.arange(max_positions, dtype=torch.float32, device=device)
-        angle = positions.unsqueeze(1) * frequency
-        cos, sin = angle.cos(), angle.sin()
+        angle = positions.unsqueeze(1) * frequency.to(device)
+        cos, sin = angle.cos() * factor, angle.sin() * factor
         # The sign of the rotation goes into the sine, so that applying it is roll, mul, addcmul.
         self.cos = torch.cat((cos, cos), dim=-1).to(dtype)
         self.sin = torch.cat((-sin, sin), dim=-1).to(dtype)
@@ -128,20 +127,3 @@ def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate x [T, heads, D] by (cos, sin) of `RotaryEmbedding.at`."""
     cos, sin = rotary
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-def _inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
-    """[D / 2] fp32 inverse frequencies, with "linear" or "llama3" scaling."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequency = 1.0 / theta**exponent
-    if scaling.rope_type == "linear":
-        return frequency / scaling.factor
-    if scaling.rope_type == "llama3":
-        # Llama 3.1: wavelengths beyond the old context are stretched, short ones are kept, and
-        # those between are blended.
-        wavelength = 2 * math.pi / frequency
-        old_context = scaling.original_max_position_embeddings
-        low, high = scaling.low_freq_factor, scaling.high_freq_factor
-        blend = ((old_context / wavelength - low) / (high - low)).clamp(0.0, 1.0)
-        return blend * frequency + (1.0 - blend) * frequency / scaling.factor
-    return frequency

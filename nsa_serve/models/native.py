@@ -30,8 +30,8 @@ class LlamaFields(CheckpointFields):
     attention_bias: bool = False
     mlp_bias: bool = False
 
-    def model(self, *, family: str, nsa: NSAConfig) -> ModelConfig:
-        """Return the ModelConfig of these fields with the dialect `nsa`."""
+    def model(self, *, family: str, nsa: NSAConfig, **more: Any) -> ModelConfig:
+        """Return the ModelConfig of these fields with the dialect `nsa`, and of `more`."""
         head_dim = self.head_dim or self._default_head_dim()
         return ModelConfig(
             **self.common(),
@@ -46,6 +46,7 @@ class LlamaFields(CheckpointFields):
             attention_bias=self.attention_bias,
             attention_out_bias=self.attention_bias,
             mlp_bias=self.mlp_bias,
+            **more,
         )
 
     def _default_head_dim(self) -> int:

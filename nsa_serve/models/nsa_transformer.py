@@ -12,7 +12,7 @@ from nsa_kernels.ops import (
     LayerCache,
     plan_attention,
 )
-from nsa_serve.config import ModelConfig
+from nsa_serve.config import BRANCHES, ModelConfig
 from nsa_serve.models.device_weights import Weights
 from nsa_serve.models.torch_decoder import TorchDecoder
 from nsa_serve.models.weight_shapes import EMBEDDING
@@ -95,12 +95,16 @@ class NSATransformer(nn.Module):
 
 
 def used_branches(config: ModelConfig) -> Branches:
-    """Return the branches whose output reaches the model: constant gates may switch some off."""
+    """Return the branches whose output reaches the model.
+
+    The dialect may have some only, and constant gates may switch some off.
+    """
     nsa = config.nsa
-    if nsa.gate != "constant":
-        return Branches(cmp=True, slc=True, swa=nsa.window_size > 0)
-    cmp, slc, swa = (gate != 0.0 for gate in nsa.gate_constant)
-    return Branches(cmp=cmp, slc=slc, swa=swa and nsa.window_size > 0)
+    gates = nsa.gate_constant if nsa.gate == "constant" else (1.0, 1.0, 1.0)
+    used = {
+        name for name, gate in zip(BRANCHES, gates, strict=True) if gate and name in nsa.branches
+    }
+    return Branches(cmp="cmp" in used, slc="slc" in used, swa="swa" in used and nsa.window_size > 0)
 
 
 def _triton_decoder(

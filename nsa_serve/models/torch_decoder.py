@@ -11,14 +11,18 @@ from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache
 from nsa_serve.config import ModelConfig
 from nsa_serve.models.device_weights import Weights
 from nsa_serve.models.layers import GatedMLP, Linear, RMSNorm, RotaryEmbedding
+from nsa_serve.models.moe import MoE
 from nsa_serve.models.nsa_attention import NSAAttention
+from nsa_serve.models.residual_stream import stream_scales
 from nsa_serve.models.weight_shapes import EMBEDDING, FINAL_NORM, LM_HEAD
 
 
 class DecoderLayer(nn.Module):
     """Pre-norm attention and MLP around a plain residual stream."""
 
-    def __init__(self, attn_norm: RMSNorm, attn: NSAAttention, mlp_norm: RMSNorm, mlp: GatedMLP):
+    def __init__(
+        self, attn_norm: RMSNorm, attn: NSAAttention, mlp_norm: RMSNorm, mlp: GatedMLP | MoE
+    ) -> None:
         super().__init__()
         self.attn_norm = attn_norm
         self.attn = attn
@@ -45,9 +49,11 @@ class TorchDecoder(nn.Module):
         super().__init__()
         self.embedding = weights.pop(EMBEDDING)
         self.layers = nn.ModuleList(
-            _make_layer(config, weights, f"model.layers.{i}.") for i in range(config.num_layers)
+            _make_layer(config, weights, layer) for layer in range(config.num_layers)
         )
-        self.norm = RMSNorm(weights.pop(FINAL_NORM), config.rms_norm_eps)
+        self.embedding_scale, eps = stream_scales(config)
+        self.logit_scale = config.logit_scale
+        self.norm = RMSNorm(weights.pop(FINAL_NORM), eps)
         head = self.embedding if config.tie_word_embeddings else weights.pop(LM_HEAD)
         self.lm_head = Linear(head)
         self.rotary = RotaryEmbedding(
@@ -63,6 +69,8 @@ class TorchDecoder(nn.Module):
     ) -> Tensor:
         """Return hidden states [T, hidden] before the final norm."""
         x = F.embedding(input_ids, self.embedding)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
         rotary = self.rotary.at(positions)
         for layer, cache in zip(self.layers, caches, strict=True):
             x = layer(x, rotary, cache, plan)
@@ -71,36 +79,79 @@ class TorchDecoder(nn.Module):
     def logits(self, hidden: Tensor, *, out: Tensor | None = None) -> Tensor:
         """[R, hidden] -> [R, vocab_size] fp32, written to `out` if that is given."""
         result: Tensor = self.lm_head(self.norm(hidden)).float()
+        if self.logit_scale != 1.0:
+            result *= self.logit_scale
         return result if out is None else out.copy_(result)
 
 
-def _make_layer(config: ModelConfig, weights: Weights, prefix: str) -> DecoderLayer:
-    attn, mlp = prefix + "self_attn.", prefix + "mlp."
-    parts = [attn + "q_proj", attn + "k_proj", attn + "v_proj"]
-    if config.nsa.gate == "linear":
-        parts.append(attn + "g_proj")
-    compression = None
-    if config.nsa.compression == "mlp":
-        compression = (
-            _make_compression(weights, attn + "cmp_k."),
-            _make_compression(weights, attn + "cmp_v."),
-        )
-    eps = config.rms_norm_eps
+def _make_layer(config: ModelConfig, weights: Weights, layer: int) -> DecoderLayer:
+    prefix, (_, eps) = f"model.layers.{layer}.", stream_scales(config)
     return DecoderLayer(
         RMSNorm(weights.pop(prefix + "input_layernorm.weight"), eps),
-        NSAAttention(
-            config,
-            _fused_linear(weights, parts),
-            _fused_linear(weights, [attn + "o_proj"]),
-            compression,
-        ),
+        _make_attention(config, weights, prefix + "self_attn."),
         RMSNorm(weights.pop(prefix + "post_attention_layernorm.weight"), eps),
-        GatedMLP(
-            _fused_linear(weights, [mlp + "gate_proj"]),
-            _fused_linear(weights, [mlp + "up_proj"]),
-            _fused_linear(weights, [mlp + "down_proj"]),
-        ),
+        _make_feed_forward(config, weights, prefix + "mlp.", layer),
     )
+
+
+def _make_attention(config: ModelConfig, weights: Weights, prefix: str) -> NSAAttention:
+    nsa = config.nsa
+    if config.kv_per_branch:
+        parts = [f"{kind}_{branch}_proj" for kind in "kv" for branch in ("slc", "cmp", "swa")]
+    else:
+        parts = ["k_proj", "v_proj"]
+    parts = ["q_proj", *parts]
+    gate_output = None
+    if nsa.gate == "linear":
+        parts.append("g_proj")
+    elif nsa.gate == "mlp":
+        parts.append("gate.fc1")
+        gate_output = _GateOutput(_fused_linear(weights, [prefix + "gate.fc2"]))
+    compression = None
+    if nsa.compression == "mlp":
+        compression = (
+            _make_compression(weights, prefix + "cmp_k."),
+            _make_compression(weights, prefix + "cmp_v."),
+        )
+    return NSAAttention(
+        config,
+        _fused_linear(weights, [prefix + part for part in parts]),
+        _fused_linear(weights, [prefix + "o_proj"]),
+        compression,
+        gate_output,
+    )
+
+
+def _make_feed_forward(
+    config: ModelConfig, weights: Weights, prefix: str, layer: int
+) -> GatedMLP | MoE:
+    moe = config.moe
+    if moe is None or layer < moe.num_dense_layers:
+        return _make_mlp(weights, prefix)
+    return MoE(
+        weights.pop(prefix + "router.weight"),
+        [_make_mlp(weights, f"{prefix}experts.{i}.") for i in range(moe.num_experts)],
+        _make_mlp(weights, prefix + "shared_experts.") if moe.num_shared_experts else None,
+        moe.num_experts_per_token,
+    )
+
+
+def _make_mlp(weights: Weights, prefix: str) -> GatedMLP:
+    return GatedMLP(
+        *(_fused_linear(weights, [f"{prefix}{part}_proj"]) for part in ("gate", "up", "down"))
+    )
+
+
+class _GateOutput(nn.Module):
+    """The second layer of a gate MLP, with the activation before it."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        result: Tensor = self.linear(F.silu(hidden))
+        return result
 
 
 def _fused_linear(weights: Weights, names: list[str]) -> Linear:

@@ -61,6 +61,27 @@ def load_weights(
     return _collect(_safetensors_stream(index, names, dtype), on_progress)
 
 
+def stream_checkpoint(
+    source: ModelSource, config: ModelConfig, on_progress: OnProgress | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield every weight of `expected_weights` by canonical name, on the CPU, one at a time.
+
+    Safetensors keep the dtype that they are stored in; a GGUF's are in the config's
+    `checkpoint_dtype`. Raises what `load_weights` raises, before anything is read.
+    """
+    if source.gguf is not None:
+        tensors, names = _checked_gguf(source.gguf, source, config)
+        dtype: torch.dtype = getattr(torch, config.checkpoint_dtype)
+        stream = _gguf_stream(source.gguf, config, tensors, names, dtype)
+    else:
+        index, names = _checked_index(source, config)
+        stream = _safetensors_stream(index, names, None)
+    for item in stream:
+        yield item.name, item.tensor
+        if on_progress is not None:
+            on_progress(item.done, item.total)
+
+
 def weight_bytes(
     config: ModelConfig, dtype: torch.dtype, quantization: Quantization | None = None
 ) -> int:
@@ -214,7 +235,7 @@ def _collect(stream: Iterator[_Loaded], on_progress: OnProgress | None) -> dict[
 
 
 def _safetensors_stream(
-    index: Mapping[str, StoredWeight], names: Mapping[str, str], dtype: torch.dtype
+    index: Mapping[str, StoredWeight], names: Mapping[str, str], dtype: torch.dtype | None
 ) -> Iterator[_Loaded]:
     wanted = {name: item for name, item in index.items() if name in names}
     done, total = 0, sum(item.num_bytes for item in wanted.values())

@@ -25,6 +25,7 @@ from nsa_http.config import (
     is_switch,
     make_settings,
 )
+from nsa_http.convert_command import CONVERT_FLAGS, add_convert_arguments, convert_command
 from nsa_http.logs import configure_logging
 from nsa_http.tls import own_client_context
 from nsa_serve.errors import ConfigError, NSAServeError
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parsed, unknown = make_parser().parse_known_args(arguments)
         if unknown:
             raise ConfigError(_describe_unknown(unknown, parsed.command))
-        return _health(parsed) if parsed.command == "health" else _serve(parsed)
+        run = {"health": _health, "convert": convert_command}.get(parsed.command, _serve)
+        return run(parsed)
     except ConfigError as error:
         _print_error(error)
         return EXIT_USAGE
@@ -92,6 +94,14 @@ def make_parser() -> argparse.ArgumentParser:
     health.add_argument(
         "--timeout", type=float, default=5.0, help="seconds to wait (default: %(default)s)"
     )
+    convert = commands.add_parser(
+        "convert",
+        help="rewrite a checkpoint in the documented layout",
+        description="Write a checkpoint of any family that is served, or a dense Llama with an "
+        "`nsa` section, as safetensors with canonical names (docs/models.md).",
+        allow_abbrev=False,
+    )
+    add_convert_arguments(convert)
     for name, summary in CLIENT_COMMANDS.items():
         commands.add_parser(name, help=summary)
     return parser
@@ -220,7 +230,9 @@ def _describe_unknown(unknown: Sequence[str], command: str) -> str:
     first = unknown[0].partition("=")[0]
     if not first.startswith("-"):
         return f"unexpected argument: {first}"
-    known = ["url", "timeout"] if command == "health" else [*all_fields(), "config", "print_config"]
+    known = {"health": ["url", "timeout"], "convert": list(CONVERT_FLAGS)}.get(
+        command, [*all_fields(), "config", "print_config"]
+    )
     hint = did_you_mean(first, ["--" + name.replace("_", "-") for name in known])
     return f"unknown flag: {first}{hint}"
 

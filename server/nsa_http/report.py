@@ -80,11 +80,13 @@ def describe_engine(info: EngineInfo) -> list[str]:
         + (f", {info.quantization}" if info.quantization else ""),
         *(_describe_memory(info.memory) if info.memory is not None else ()),
         f"cache     {_size(sum(part.total_bytes for part in info.cache))}: {info.num_pages:,} "
-        f"pages of {info.page_size} tokens = {num_tokens:,} tokens{_cache_dtype(info)}",
+        f"pages of {info.page_size} tokens = {num_tokens:,} tokens{_cache_dtype(info)}"
+        + (f", {info.num_swa_pages:,} window pages" if info.num_swa_pages else ""),
     ]
     lines += [
         f"  {part.name:<11} {part.bytes_per_token:>9,.0f} bytes per token  "
         f"{_size(part.total_bytes)}"
+        + (f", at most {part.max_tokens:,} tokens of a sequence" if part.max_tokens else "")
         for part in info.cache
     ]
     fits = ", ".join(

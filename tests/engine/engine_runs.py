@@ -70,7 +70,8 @@ def run(engine: Engine, requests: Iterable[EngineRequest]) -> dict[str, Result]:
         results[request.request_id] = Result()
     while engine.has_unfinished:
         step(engine, results)
-    assert engine.pool.num_free_pages == engine.pool.num_pages
+    for pool in (engine.pool, engine.swa_pool):
+        assert pool is None or pool.num_free_pages == pool.num_pages
     return results
 
 
@@ -85,6 +86,6 @@ def run_alone(engine: Engine, requests: Sequence[EngineRequest]) -> dict[str, Re
     """Run each request by itself, without what the one before left in the prefix cache."""
     results = {}
     for request in requests:
-        engine.pool.reset_prefix_cache()
+        engine.scheduler.reset_prefix_cache()
         results.update(run(engine, [request]))
     return results

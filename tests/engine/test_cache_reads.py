@@ -28,6 +28,20 @@ FLA = NSASpec(
     num_local_blocks=2,
     window_size=0,
 )
+# As InfLLM-v2: dense up to a length that is no multiple of the block, and coarse windows.
+INFLLM = NSASpec(
+    cmp_len=8,
+    cmp_stride=4,
+    block_size=16,
+    num_selected_blocks=5,
+    num_init_blocks=1,
+    num_local_blocks=2,
+    window_size=0,
+    score_map="max_pool",
+    dense_len=131,
+    lse_len=32,
+    lse_stride=16,
+)
 
 
 def one_query(costs: ReadCosts, length: int) -> CacheReads:
@@ -35,15 +49,19 @@ def one_query(costs: ReadCosts, length: int) -> CacheReads:
     spec = costs.spec
     entry_bytes = costs.key_bytes + costs.value_bytes
     num_blocks = -(-length // spec.block_size)
-    num_selected = min(spec.num_selected_blocks, num_blocks)
+    is_dense = num_blocks <= spec.num_selected_blocks or length < spec.dense_len
+    num_selected = num_blocks if is_dense else spec.num_selected_blocks
     own_block_tokens = length - (num_blocks - 1) * spec.block_size
     slc_tokens = (num_selected - 1) * spec.block_size + own_block_tokens
-    selects = costs.uses_slc and num_blocks > spec.num_selected_blocks
+    selects = costs.uses_slc and not is_dense
     cmp_bytes = 0
     if costs.uses_cmp:
         cmp_bytes = spec.num_windows(length) * entry_bytes
     elif selects:
         cmp_bytes = spec.num_windows(length) * costs.key_bytes
+    if selects and spec.lse_len:
+        ends = range(spec.lse_len, length + 1, spec.lse_stride)
+        cmp_bytes += len(ends) * costs.key_bytes
     return CacheReads(
         cmp_bytes=cmp_bytes,
         slc_bytes=slc_tokens * entry_bytes if costs.uses_slc else 0,
@@ -56,7 +74,7 @@ def one_query(costs: ReadCosts, length: int) -> CacheReads:
 
 @settings(max_examples=150, deadline=None)
 @given(
-    spec=st.sampled_from([PAPER, SMALL, FLA]),
+    spec=st.sampled_from([PAPER, SMALL, FLA, INFLLM]),
     branches=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     start=st.integers(0, 1500),
     num_queries=st.integers(1, 200),

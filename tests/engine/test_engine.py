@@ -15,7 +15,13 @@ from nsa_serve.config import EngineConfig
 from nsa_serve.engine import Engine
 from nsa_serve.engine_setup import run_dtype, size_cache
 from nsa_serve.errors import CapacityError, ConfigError, ModelError, RequestError
-from nsa_serve.kv_cache import KVCache, bytes_per_page, bytes_per_token, num_pages_for
+from nsa_serve.kv_cache import (
+    KVCache,
+    bytes_per_page,
+    bytes_per_token,
+    num_pages_for,
+    page_cost,
+)
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import load_model_config
 from nsa_serve.models.weights import expected_weights
@@ -210,9 +216,11 @@ def test_a_batch_lists_rows_samples_and_prompt_spans() -> None:
 
 def test_a_cache_smaller_than_two_pages_names_its_remedy(folder: Path) -> None:
     config = load_model_config(ModelSource(name="m", folder=folder))
-    assert num_pages_for(config, torch.float32, 3 * PAGE_BYTES - 1) == 2
+    limits = EngineConfig(model="m").limits("cpu", 1024)
+    cost = page_cost(config, torch.float32, limits, 1024)
+    assert num_pages_for(cost, 3 * PAGE_BYTES - 1) == 2
     with pytest.raises(CapacityError, match=f"raise --page-memory to {2 * PAGE_BYTES} or more"):
-        num_pages_for(config, torch.float32, PAGE_BYTES)
+        num_pages_for(cost, PAGE_BYTES)
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from nsa_serve.errors import CapacityError, ConfigError
 from nsa_serve.gpu_memory import (
     MAX_PAGES,
     GpuUsage,
-    PageCost,
     estimate_graph_bytes,
     plan_gpu_pages,
 )
 from nsa_serve.kv_cache import KVCache, bytes_per_page
 from nsa_serve.messages import EngineInfo, LoadProgress
+from nsa_serve.page_cost import PageCost
 from nsa_serve.request import EngineRequest
 from nsa_serve.structured.masks import GrammarMasks
 from nsa_serve.warm_up import gpu_batches
@@ -122,11 +122,14 @@ def test_each_remedy_of_a_refusal_works(data: st.DataObject) -> None:
         options["page_memory"] = data.draw(st.integers(1, total))
     else:
         options["gpu_memory_utilization"] = data.draw(st.floats(0.01, 1))
+    num_step_swa_pages = data.draw(st.sampled_from((0, 0, 2, 33)))
     cost = PageCost(
         page_bytes=page_bytes,
-        fp8_page_bytes=page_bytes // data.draw(st.sampled_from((1, 2))),
+        fp8_page_bytes=page_bytes // (1 if num_step_swa_pages else data.draw(st.integers(1, 2))),
         page_size=16,
         max_model_len=max_model_len or 10**5,
+        swa_page_bytes=data.draw(st.integers(1, 10**6)) if num_step_swa_pages else 0,
+        num_step_swa_pages=num_step_swa_pages,
     )
     chosen = config(**options)
     try:
@@ -147,7 +150,7 @@ def test_each_remedy_of_a_refusal_works(data: st.DataObject) -> None:
     assert 2 <= num_pages <= MAX_PAGES
     if max_model_len is not None:
         assert num_pages - 1 >= cost.pages_per_request
-    in_use = usage.fixed_bytes + num_pages * page_bytes
+    in_use = usage.fixed_bytes + cost.bytes_of(num_pages)
     assert in_use <= total
     if "page_memory" not in options:
         assert in_use <= total * options["gpu_memory_utilization"]

@@ -280,6 +280,8 @@ def test_stats_set_gauges_and_add_differences(metrics: Metrics) -> None:
         num_waiting=3,
         num_free_pages=25,
         num_pages=100,
+        num_free_swa_pages=7,
+        num_swa_pages=8,
         num_preemptions_total=4,
         prefix_cache_queries_total=50,
         prefix_cache_hits_total=20,
@@ -290,6 +292,7 @@ def test_stats_set_gauges_and_add_differences(metrics: Metrics) -> None:
     assert sample(metrics, "num_requests_running") == 2
     assert sample(metrics, "num_requests_waiting") == 3
     assert sample(metrics, "kv_cache_usage_perc") == pytest.approx(0.75)
+    assert sample(metrics, "swa_cache_usage_perc") == pytest.approx(0.125)
     assert sample(metrics, "num_preemptions_total") == 4
     assert sample(metrics, "iteration_tokens_total_count") == 1
     metrics.on_stats(

@@ -21,9 +21,9 @@ from hypothesis.stateful import (
 
 from nsa_serve.page_pool import PagePool
 from nsa_serve.request import FinishReason, Request, RequestStatus, TokenOutput
-from nsa_serve.scheduler import SampledToken, Scheduler, SchedulerOutput
+from nsa_serve.scheduler import SampledToken, ScheduledRow, Scheduler, SchedulerOutput
 
-from .paged_model import PagedModel, make_request, next_token
+from .paged_model import PagedModel, make_request, make_windows, next_token
 
 EOS_TOKEN_ID = 7
 MAX_OUTSTANDING_STEPS = 3
@@ -55,19 +55,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         enable_prefix_caching=st.booleans(),
         enable_chunked_prefill=st.sampled_from([True, True, False]),
+        # Window size, length of a compression window (at most a page), pages for prefix hits.
+        window=st.one_of(
+            st.none(), st.tuples(st.integers(0, 9), st.integers(1, 4), st.integers(0, 8))
+        ),
     )
     def start(self, **drawn: Any) -> None:
         self.enable_chunked_prefill = drawn["enable_chunked_prefill"]
         if not self.enable_chunked_prefill:
             drawn["max_num_batched_tokens"] += drawn["max_model_len"] - 1
         page_size = drawn.pop("page_size")
-        self.pool = PagePool(
-            drawn.pop("num_pages") + 1,
-            page_size,
-            enable_prefix_caching=drawn.pop("enable_prefix_caching"),
+        caching = drawn.pop("enable_prefix_caching")
+        self.pool = PagePool(drawn.pop("num_pages") + 1, page_size, enable_prefix_caching=caching)
+        window_size, cmp_len, num_extra = drawn.pop("window") or (0, 0, 0)
+        cmp_len = min(cmp_len, page_size)
+        self.windows = None
+        if cmp_len:
+            self.windows = make_windows(
+                page_size,
+                window_size=window_size,
+                cmp_len=cmp_len,
+                max_num_batched_tokens=drawn["max_num_batched_tokens"],
+                max_num_seqs=drawn["max_num_seqs"],
+                num_extra=num_extra,
+                enable_prefix_caching=caching,
+            )
+        self.scheduler = Scheduler(
+            self.pool, eos_token_ids=(EOS_TOKEN_ID,), windows=self.windows, **drawn
         )
-        self.scheduler = Scheduler(self.pool, eos_token_ids=(EOS_TOKEN_ID,), **drawn)
-        self.model = PagedModel(page_size)
+        self.model = PagedModel(page_size, window_size=window_size, cmp_len=cmp_len)
         self.requests: dict[str, Request] = {}
         self.sent: dict[str, list[TokenOutput]] = {}
         self.ended_by_us: set[str] = set()
@@ -166,7 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def reset_prefix_cache(self) -> None:
-        self.pool.reset_prefix_cache()
+        self.scheduler.reset_prefix_cache()
 
     @invariant()
     def is_consistent(self) -> None:
@@ -184,6 +200,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for row in output.rows:
             request, end = row.request, row.start + row.num_tokens
             assert len(request.pages) * self.pool.page_size >= end
+            if self.windows is not None:
+                self.check_window_bound(row)
             entry = self.scheduler._entries[request.request_id]
             num_tokens = entry.num_tokens - row.samples
             assert row.has_pending_token == (end > request.num_tokens)
@@ -199,6 +217,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 num_left = self.scheduler.max_num_batched_tokens - output.num_tokens
                 assert num_left < num_tokens - row.start
                 assert self.enable_chunked_prefill, "a prompt was cut"
+
+    def check_window_bound(self, row: ScheduledRow) -> None:
+        """A row has the window pages that its tokens read and write, and no other."""
+        assert self.windows is not None
+        first = self.windows.first_index(row.start)
+        pages = row.request.swa_pages
+        assert not any(pages[:first])
+        assert all(pages[first:])
+        assert len(pages) == len(row.request.pages)
 
     def max_len(self, request: Request) -> int:
         """Most tokens that a request can have, prompt and output together."""
@@ -233,6 +260,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.update()
         self.scheduler.check()
         assert self.pool.num_free_pages == self.pool.num_pages
+        if self.windows is not None:
+            assert self.windows.pool.num_free_pages == self.windows.pool.num_pages
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
         for request in self.requests.values():
             self.check_ended(request)

@@ -37,6 +37,14 @@ ODD = NSASpec(
 )
 NO_WINDOW = NSASpec(cmp_len=16, cmp_stride=8, block_size=32, num_selected_blocks=5, window_size=0)
 MAX_POOL = NSASpec(num_selected_blocks=4, window_size=0, score_map="max_pool")
+INFLLM = NSASpec(
+    num_selected_blocks=4,
+    window_size=0,
+    score_map="max_pool",
+    dense_len=300,
+    lse_len=128,
+    lse_stride=64,
+)
 SPECS = {
     "paper": PAPER,
     "fla": FLA,
@@ -44,6 +52,7 @@ SPECS = {
     "odd": ODD,
     "no_window": NO_WINDOW,
     "max_pool": MAX_POOL,
+    "infllm": INFLLM,
 }
 
 
@@ -161,6 +170,9 @@ class Problem:
             v_cmp = reference.compress_mlp(raw_v, spec, mlps[1])
         q, positions = self.q[row][start:stop], torch.arange(start, stop)
         o_cmp, lse = reference.cmp_attention(q, k_cmp, v_cmp, positions, spec, softmax_scale=scale)
+        if spec.lse_len:
+            k_lse = reference.compress_mean(self.k[row][:stop], spec.coarse)
+            lse = reference.selection_lse(q, k_lse, positions, spec, softmax_scale=scale)
         scores = reference.block_scores(
             q,
             k_cmp,
@@ -233,6 +245,7 @@ def make_problem(
         tail(dim) if separate else None,
         tail(v_dim) if separate else None,
         *(torch.tensor(scale, device=device) for scale in scales or ()),
+        **({"k_lse": poisoned(size // spec.lse_stride, dim)} if spec.lse_len else {}),
     )
 
     def mlp_weights(width: int) -> CompressionMLP:

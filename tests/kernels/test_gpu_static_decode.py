@@ -69,7 +69,8 @@ def run(problem: Problem, plan: GpuPlan, rows: list[tuple[int, int] | None]) -> 
 
 def contents(problem: Problem) -> list[Tensor]:
     cache = problem.cache
-    return [x.clone().view(torch.int32) for x in (cache.k, cache.v, cache.k_cmp, cache.v_cmp)]
+    tensors = (cache.k, cache.v, cache.k_cmp, cache.v_cmp, cache.k_lse)
+    return [x.clone().view(torch.int32) for x in tensors if x is not None]
 
 
 def make(spec: NSASpec, *, mlp: bool = False) -> tuple[Problem, list[tuple[int, int] | None]]:
@@ -91,7 +92,14 @@ def make(spec: NSASpec, *, mlp: bool = False) -> tuple[Problem, list[tuple[int, 
 
 
 @pytest.mark.parametrize(
-    ("name", "mlp"), [("paper", False), ("paper", True), ("legacy", False), ("max_pool", False)]
+    ("name", "mlp"),
+    [
+        ("paper", False),
+        ("paper", True),
+        ("legacy", False),
+        ("max_pool", False),
+        ("infllm", False),
+    ],
 )
 def test_padding_and_wide_tables_change_nothing(name: str, mlp: bool) -> None:
     problem, rows = make(SPECS[name], mlp=mlp)
@@ -103,8 +111,9 @@ def test_padding_and_wide_tables_change_nothing(name: str, mlp: bool) -> None:
         if row is not None:
             sequence, position = row
             assert_close(output[i : i + 1], problem.expected(sequence, position, position + 1))
-    # What changed belongs to the three tokens, and to the window that one of them closes.
-    for old, new, num_written in zip(before, contents(problem), (3, 3, 1, 1), strict=True):
+    # What changed belongs to the three tokens, and to the windows that one of them closes.
+    counts = (3, 3, 1, 1, 1)[: len(before)]
+    for old, new, num_written in zip(before, contents(problem), counts, strict=True):
         changed = (old != new).any(dim=3).sum(dim=(0, 2))
         assert changed.tolist() == [num_written] * NUM_KV_HEADS
     assert torch.equal(run(problem, plan, rows), output), "a repeated step differs"

@@ -47,6 +47,7 @@ def reports() -> dict[str, Any]:
 def test_every_kernel_is_looked_at(reports: dict[str, Any]) -> None:
     for name, others in (("shared", set()), ("mlp-fp8", {"_hidden_kernel", "_entry_kernel"})):
         assert (KERNELS | others) - set(reports[name]["kernels"]) == set()
+    assert {"_decode_lse_kernel", "_file_kernel"} <= set(reports["infllm"]["kernels"])
 
 
 def test_no_step_after_the_warm_up_compiles(reports: dict[str, Any]) -> None:

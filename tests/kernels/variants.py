@@ -51,6 +51,21 @@ GEOMETRIES = {
         False,
     ),
     "mlp": (NSASpec(), 16, 2, 64, True),
+    "infllm": (
+        NSASpec(
+            num_selected_blocks=96,
+            num_local_blocks=32,
+            window_size=0,
+            score_map="max_pool",
+            dense_len=8192,
+            lse_len=128,
+            lse_stride=64,
+        ),
+        32,
+        2,
+        128,
+        False,
+    ),
 }
 
 
@@ -133,6 +148,7 @@ class Layer:
             pages(entries),
             k_scale=scale,
             v_scale=scale,
+            k_lse=pages(spec.block_size // spec.lse_stride) if spec.lse_len else None,
         )
         self.mlps = None
         if is_mlp:

@@ -4,7 +4,7 @@ import httpx
 import msgspec
 
 from nsa_http.report import describe_engine
-from nsa_serve.messages import DeviceMemory
+from nsa_serve.messages import CacheComponent, DeviceMemory
 from tests.server.fake_engine import FakeEngine, make_app
 
 MEMORY = DeviceMemory(
@@ -42,6 +42,17 @@ def test_a_gpu_has_activations_and_graphs_too(engine: FakeEngine) -> None:
     without = msgspec.structs.replace(MEMORY, num_graphs=0, graph_bytes=0)
     lines = describe_engine(msgspec.structs.replace(info, memory=without))
     assert not any(line.startswith("graphs") for line in lines)
+
+
+def test_window_pages_have_lines_of_their_own(engine: FakeEngine) -> None:
+    window = CacheComponent("window", 512.0, 8_192, max_tokens=160)
+    info = msgspec.structs.replace(
+        engine.info, num_swa_pages=1234, cache=[*engine.info.cache, window]
+    )
+    lines = describe_engine(info)
+    assert lines[2].endswith("70 pages of 16 tokens = 1,120 tokens, 1,234 window pages")
+    assert lines[5].split()[:2] == ["window", "512"]
+    assert lines[5].endswith("8.0 KiB, at most 160 tokens of a sequence")
 
 
 async def test_server_info_has_the_parts(engine: FakeEngine) -> None:

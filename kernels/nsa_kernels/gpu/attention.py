@@ -4,6 +4,8 @@ T tokens of the step, Nd of them decode rows in front, HQ query heads, H KV head
 dimensions of keys and of values, S selected blocks.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ from nsa_kernels.gpu.append import append_kv
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.decode_cmp import CmpPartials, decode_cmp
 from nsa_kernels.gpu.decode_slc import decode_slc
-from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, has_fp8
-from nsa_kernels.gpu.prefill_cmp import prefill_cmp
+from nsa_kernels.gpu.lse import decode_lse, file_coarse_keys
+from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, ScoreChunk, has_fp8
+from nsa_kernels.gpu.prefill_cmp import CmpScores, prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
 from nsa_kernels.gpu.prefill_short import prefill_short
 from nsa_kernels.gpu.prefill_slc import prefill_slc, sub_chunk_tokens
@@ -62,6 +65,15 @@ def nsa_attention(
     first_appended = num_decode_rows if fused else 0
     if first_appended < q.shape[0]:
         _append(k, v, cache, plan, spec, compression, branch_kv, first_appended)
+        if plan.prefill is not None and branches.slc and spec.lse_len:
+            file_coarse_keys(
+                cache,
+                plan.prefill.lse_window_rows,
+                plan.prefill.lse_window_ends,
+                plan.page_table,
+                spec,
+                check=plan.check_bounds,
+            )
     if num_decode_rows:
         rows = slice(0, num_decode_rows)
         _decode(
@@ -140,6 +152,21 @@ def _decode(
     launch_pdl = plan.use_pdl and shape_rows * k.shape[1] <= MAX_PDL_GROUPS
     start_last = plan.use_pdl and (branches.slc or launch_pdl)
     partials: CmpPartials | None = None
+    lse2_select: Tensor | None = None
+    if branches.slc and spec.lse_len:
+        lse2_select = decode_lse(
+            q,
+            k,
+            cache,
+            plan.seq_lens,
+            plan.page_table,
+            spec,
+            softmax_scale=softmax_scale,
+            num_sms=plan.num_sms,
+            shape=plan.decode_shape,
+            launch_pdl=launch_pdl,
+            check=plan.check_bounds,
+        )
     if branches.cmp or branches.slc:
         partials = decode_cmp(
             q,
@@ -156,6 +183,7 @@ def _decode(
             branch_kv=branch_kv,
             swa_page_table=plan.swa_page_table,
             tail_slots=plan.tail_slots,
+            lse2_select=lse2_select,
             with_output=branches.cmp,
             with_selection=branches.slc,
             fuse_append=fuse_append,
@@ -293,7 +321,7 @@ def _prefill_cmp(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compression branch of all prefill tokens: (o_cmp [T, HQ, Dv], block_indices), None if unused.
 
-    block_indices: [tokens, H, S] int32 of the tokens from `first_token` on. The scores of a
+    block_indices: [tokens, H, width] int32 of the tokens from `first_token` on. The scores of a
     sub-chunk are used up before the next one writes its own.
     """
     branches, first = plan.branches, prefill.first_token
@@ -302,14 +330,17 @@ def _prefill_cmp(
         o_cmp = torch.empty_like(out)
     if branches.slc:
         block_indices = torch.empty(
-            (len(q) - first, cache.k.shape[1], spec.num_selected_blocks),
+            (len(q) - first, cache.k.shape[1], spec.block_table_width),
             dtype=torch.int32,
             device=q.device,
         )
     if not (branches.cmp or branches.slc):
         return None, None
-    for chunk in prefill.score_chunks:
-        scores = prefill_cmp(
+
+    def run(
+        cache: LayerCache, chunk: ScoreChunk, spec: NSASpec, *, output: bool, scores: bool
+    ) -> CmpScores:
+        return prefill_cmp(
             q,
             cache,
             prefill.tile_rows[chunk.tiles],
@@ -322,13 +353,26 @@ def _prefill_cmp(
             first_token=chunk.first_token,
             num_tokens=chunk.num_tokens,
             num_score_tiles=chunk.num_score_tiles,
-            with_output=branches.cmp,
-            with_scores=branches.slc,
+            with_output=output,
+            with_scores=scores,
             out=o_cmp,
             check=plan.check_bounds,
         )
-        if block_indices is not None:
-            tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+
+    for chunk in prefill.score_chunks:
+        tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+        selects = block_indices is not None and not chunk.is_dense
+        if block_indices is not None and chunk.is_dense:
+            blocks = block_indices[tokens.start - first : tokens.stop - first]
+            _select_all(plan.positions[tokens], spec, blocks)
+        if not (selects or branches.cmp):
+            continue
+        scores = run(cache, chunk, spec, output=branches.cmp, scores=selects)
+        if block_indices is not None and selects:
+            if cache.k_lse is not None:
+                coarse = replace(cache, k_cmp=cache.k_lse, v_cmp=cache.k_lse)
+                lse2 = run(coarse, chunk, spec.coarse, output=False, scores=False).lse2
+                scores = replace(scores, lse2=lse2)
             select_blocks(
                 scores,
                 plan.positions[tokens],
@@ -337,3 +381,10 @@ def _prefill_cmp(
                 out=block_indices[tokens.start - first : tokens.stop - first],
             )
     return o_cmp, block_indices
+
+
+def _select_all(positions: Tensor, spec: NSASpec, block_indices: Tensor) -> None:
+    """List every block that dense queries at positions [R] see: [R, H, width], -1 for no more."""
+    block = torch.arange(block_indices.shape[2], dtype=torch.int32, device=positions.device)
+    last = (positions // spec.block_size)[:, None]
+    block_indices.copy_(torch.where(block <= last, block, -1)[:, None])

@@ -17,6 +17,9 @@ PREFILL_ROWS = 128
 # sub-chunks of tokens that stay under it; one tile of tokens is the least.
 WORKSPACE_BYTES = 512 << 20
 
+# Most blocks that a query lists: with more, lists cost more than they save.
+MAX_TABLE_WIDTH = 1024
+
 
 @triton.jit
 def to_fp8(x, scale):
@@ -67,3 +70,16 @@ def check_geometry(spec: NSASpec) -> None:
             )
     if spec.block_size > 128:
         raise ValueError(f"block_size must be at most 128 on a GPU, got {spec.block_size}")
+    if spec.lse_stride & (spec.lse_stride - 1) or spec.lse_len > 16 * spec.lse_stride:
+        raise ValueError(
+            "lse_stride must be a power of two, and lse_len at most 16 of them, on a GPU, got "
+            f"lse_stride {spec.lse_stride} and lse_len {spec.lse_len}; "
+            "use device cpu for this model"
+        )
+    if spec.block_table_width > MAX_TABLE_WIDTH:
+        raise ValueError(
+            f"a query may select at most {MAX_TABLE_WIDTH} blocks on a GPU, got "
+            f"{spec.block_table_width} with num_selected_blocks {spec.num_selected_blocks} and "
+            f"dense_len {spec.dense_len}; attention that is dense at any length is a window "
+            "branch whose window_size is the longest context"
+        )

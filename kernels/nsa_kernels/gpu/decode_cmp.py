@@ -44,8 +44,9 @@ class CmpPartials:
     o_part: [Nd, HQ, splits, Dv] fp32, normalised within the split; None without output.
     lse2_part: [Nd, HQ, splits] fp32, log2 of the split's sum of exp2(s2), where
         s2 = (q k_cmp) * softmax_scale * log2(e); -inf for an empty split, whose o_part is void.
-    block_indices: [Nd, H, S] int32, in no particular order (the same in every run), filled up with
-        -1. block_pages: [Nd, H, S] int32, their pages, 0 for -1. Both None without selection.
+    block_indices: [Nd, H, width] int32, in no particular order (the same in every run), filled up
+        with -1; width is `block_table_width`, S where no row is dense. block_pages: the same, their
+        pages, 0 for -1. Both None without selection.
     scratch: what selection reads and writes on the way. Kept, so that a kernel that begins before
         selection has ended is not given the same memory.
     """
@@ -80,6 +81,7 @@ def decode_cmp(
     branch_kv: BranchKV | None = None,
     swa_page_table: Tensor | None = None,
     tail_slots: Tensor | None = None,
+    lse2_select: Tensor | None = None,
     with_output: bool = True,
     with_selection: bool = True,
     fuse_append: bool = True,
@@ -100,6 +102,8 @@ def decode_cmp(
     seq_lens: [B] int32, tokens with this step's; 0 for a padding row, which touches no cache and
     selects nothing. page_table: [B, P] int32. The decode rows are the first of B.
     branch_kv, swa_page_table [B, P], tail_slots [B] int32: where branches have K/V of their own.
+    lse2_select: [Nd, HQ, any] fp32, what scores are relative to instead of this kernel's own
+    lse2_part: that of the coarse windows (`decode_lse`).
     with_output, with_selection: whether the branch's output and the selection are wanted.
     fuse_append: append, and compress with the mean; False if that has been done.
     counters: [Nd * H] int32 zeros, and zeros afterwards.
@@ -155,7 +159,7 @@ def decode_cmp(
         units = q.new_empty((*tiles, tile_units), dtype=torch.float32)
         tile_max = q.new_empty(tiles, dtype=torch.float32)
         spill = q.new_empty(tiles, dtype=torch.float32) if has_spill else None
-        indices = q.new_empty((num_rows, num_kv_heads, spec.num_selected_blocks), dtype=torch.int32)
+        indices = q.new_empty((num_rows, num_kv_heads, spec.block_table_width), dtype=torch.int32)
         pages = torch.empty_like(indices)
     partials = CmpPartials(o_part, lse2_part, indices, pages)
     # Few rows leave multiprocessors to spare: then more and smaller chunks.
@@ -228,6 +232,7 @@ def decode_cmp(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         BLOCK_U=max(16, triton.next_power_of_2(tile_units + has_spill)),
+        NUM_UNSCORED=0 if with_output else max(spec.dense_len - 1, 0),
         SEPARATE=is_separate,
         FUSE_APPEND=fuse_append,
         WITH_OUTPUT=with_output,
@@ -248,7 +253,7 @@ def decode_cmp(
             units,
             spill,
             tile_max,
-            lse2_part,
+            lse2_part if lse2_select is None else lse2_select,
             seq_lens,
             page_table,
             indices,
@@ -268,7 +273,7 @@ def decode_cmp(
             launch_pdl=launch_pdl or start_next,
             start_next=start_next,
         )
-        partials = replace(partials, scratch=(units, spill, tile_max, candidates))
+        partials = replace(partials, scratch=(units, spill, tile_max, candidates, lse2_select))
     return partials
 
 
@@ -422,6 +427,7 @@ def _decode_cmp_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
     SEPARATE: tl.constexpr,
     FUSE_APPEND: tl.constexpr,
     WITH_OUTPUT: tl.constexpr,
@@ -456,6 +462,9 @@ def _decode_cmp_kernel(
     position = seq_len - 1
     num_visible = seq_len // CMP_STRIDE
     row_tiles = tl.where(num_visible >= WINDOW_STRIDES, tl.cdiv(num_visible, TILE_E), 0)
+    if NUM_UNSCORED > 0:
+        # A dense row needs no scores.
+        row_tiles = tl.where(seq_len > NUM_UNSCORED, row_tiles, 0)
     tiles_per_split = tl.cdiv(row_tiles, num_splits)
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, row_tiles)

@@ -42,6 +42,8 @@ _MAX_CMP_PROGRAMS = 2
 _SHORT_CMP_SPLITS = 16
 # Registers of a thread with which three programs of 128 threads share a multiprocessor.
 _REGISTERS = 168
+# Tiles of a share of the window up to which the program holds all their pages in registers.
+MAX_HELD_PAGES = tl.constexpr(32)
 # Running maximum before anything was seen: lower than any score, and finite, so that the difference
 # to a masked score of -inf is not NaN.
 NEVER = tl.constexpr(-1e30)
@@ -82,7 +84,7 @@ def default_config(
     """Choose from shapes alone, so that a captured graph stays right as contexts grow."""
     is_fp32 = dtype == torch.float32
     block_n = 32 if is_fp32 else 64
-    slc_tiles = triton.cdiv(spec.num_selected_blocks * spec.block_size, block_n)
+    slc_tiles = triton.cdiv(spec.block_table_width * spec.block_size, block_n)
     swa_tiles = triton.cdiv(_window_pages(spec) * spec.block_size, block_n)
     num_groups = max(num_rows * num_kv_heads, 1)
     head_tile = min(int(triton.next_power_of_2(num_q_heads // num_kv_heads)), 32)
@@ -176,9 +178,9 @@ def decode_slc(
     seq_lens: [Nd or more] int32 with this step's token, which is in the cache already; 0 = padding.
     page_table: [Nd or more, P] int32; swa_page_table: the same for the window's own pages, needed
     when `cache` has keys of their own for the window.
-    block_indices: [Nd, H, S] int32, distinct blocks in any order, the row's local ones among them
-    (all, where there are no more than S), -1 for "none"; block_pages: their pages, anything for
-    "none". Needed when `branches.slc`.
+    block_indices: [Nd, H, width] int32, distinct blocks in any order, the row's local ones among
+    them (all, where there are no more than S), -1 for "none"; block_pages: their pages, anything
+    for "none". Needed when `branches.slc`. width: `spec.block_table_width`.
     o_part: [Nd, HQ, C, Dv] fp32, outputs of the compression branch, each normalised over its share
     of the context; lse2_part: [Nd, HQ, C] fp32, -inf for an empty share, whose output may be
     unwritten. Needed when `branches.cmp`.
@@ -197,7 +199,7 @@ def decode_slc(
     num_pages, num_kv_heads, block_size, _ = cache.k.shape
     v_head_dim = cache.v.shape[3]
     group_size = num_q_heads // num_kv_heads
-    num_selected = spec.num_selected_blocks
+    width = spec.block_table_width
     with_slc, with_swa = branches.slc, branches.swa and spec.window_size > 0
     check_shape("cache.k", cache.k, (num_pages, num_kv_heads, spec.block_size, head_dim))
     if isinstance(gates, Tensor):
@@ -205,8 +207,8 @@ def decode_slc(
     if with_slc:
         if block_indices is None or block_pages is None:
             raise ValueError("block_indices and block_pages are needed when branches.slc is on")
-        check_shape("block_indices", block_indices, (num_rows, num_kv_heads, num_selected))
-        check_shape("block_pages", block_pages, (num_rows, num_kv_heads, num_selected))
+        check_shape("block_indices", block_indices, (num_rows, num_kv_heads, width))
+        check_shape("block_pages", block_pages, (num_rows, num_kv_heads, width))
     num_cmp_splits = 0
     if branches.cmp:
         if o_part is None or lse2_part is None:
@@ -247,7 +249,7 @@ def decode_slc(
             f"got {counters.numel()}"
         )
     block_n = config.block_n
-    slc_tiles = triton.cdiv(num_selected * block_size, block_n)
+    slc_tiles = triton.cdiv(width * block_size, block_n)
     swa_tiles = triton.cdiv(_window_pages(spec) * block_size, block_n)
     slc_splits = min(config.slc_splits, slc_tiles) if with_slc else 0
     swa_splits = min(config.swa_splits, swa_tiles) if with_swa else 0
@@ -303,7 +305,8 @@ def decode_slc(
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
         BLOCK_SIZE=block_size,
-        NUM_SELECTED=num_selected,
+        NUM_SELECTED=spec.num_selected_blocks,
+        WIDTH=width,
         NUM_LOCAL=spec.num_local_blocks,
         WINDOW_SIZE=spec.window_size,
         WITH_CMP=branches.cmp,
@@ -350,7 +353,7 @@ def _decode_slc_kernel(
     v_swa_ptr,
     seq_lens_ptr,
     window_table_ptr,
-    block_indices_ptr,  # [Nd, H, S]
+    block_indices_ptr,  # [Nd, H, WIDTH]
     block_pages_ptr,
     cmp_o_ptr,  # [Nd, HQ, CMP_SPLITS, Dv]
     cmp_lse_ptr,
@@ -378,6 +381,7 @@ def _decode_slc_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    WIDTH: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     WITH_CMP: tl.constexpr,
@@ -425,7 +429,7 @@ def _decode_slc_kernel(
     mask_m = (offs_m < HEAD_TILE) & (head_start + offs_m < GROUP_SIZE)
     q_ptrs = q_ptr + row * stride_qt + (kv_head * GROUP_SIZE + head_start) * stride_qh
     q_ptrs += offs_m[:, None] * stride_qh + tl.arange(0, BLOCK_D)[None, :]
-    selected = (row * NUM_KV_HEADS + kv_head) * NUM_SELECTED
+    selected = (row * NUM_KV_HEADS + kv_head) * WIDTH
     if role < CMP_PROGRAMS:
         if WITH_CMP and CMP_PROGRAMS > 0:
             CMP_HEADS: tl.constexpr = HEAD_TILE // CMP_PROGRAMS
@@ -467,6 +471,7 @@ def _decode_slc_kernel(
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
+                WIDTH,
                 NUM_LOCAL,
                 WINDOW_SIZE,
                 SHARED,
@@ -626,6 +631,7 @@ def _attend_selected(
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    WIDTH: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -641,7 +647,7 @@ def _attend_selected(
     local_block = _local_block(seq_len, WINDOW_SIZE, BLOCK_SIZE, NUM_SELECTED, NUM_LOCAL)
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
-    exists = first_item + offs_i < NUM_SELECTED
+    exists = first_item + offs_i < WIDTH
     if WAIT:
         # As late as possible: what does not depend on the selection is then on its way.
         q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
@@ -656,8 +662,8 @@ def _attend_selected(
             block = _pick(blocks, offs_i, item - first_item)
             page = _pick(pages, offs_i, item - first_item)
         else:
-            block = tl.load(blocks_ptr + item, mask=item < NUM_SELECTED, other=-1)
-            page = tl.load(pages_ptr + item, mask=item < NUM_SELECTED, other=0)
+            block = tl.load(blocks_ptr + item, mask=item < WIDTH, other=-1)
+            page = tl.load(pages_ptr + item, mask=item < WIDTH, other=0)
         wanted = block >= 0
         if SHARED:
             wanted = wanted & (block < local_block)
@@ -723,6 +729,9 @@ def _attend_window(
 
     The scores are the same for both, the masks are not: a running softmax each.
     """
+    # A window that most contexts do not fill (attention that is dense at any length, say): shares
+    # are cut from what is there of it, and pages looked up one by one.
+    LONG: tl.constexpr = NUM_TILES > MAX_HELD_PAGES
     ROWS: tl.constexpr = q_ptrs.shape[0]
     m_i = tl.full([ROWS], NEVER, tl.float32)
     l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -733,16 +742,20 @@ def _attend_window(
     num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
-    share_blocks = first_block + first_item + offs_i
-    pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
+    if not LONG:
+        share_blocks = first_block + first_item + offs_i
+        pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
     if SHARED:
         m_slc, l_slc, acc_slc = m_i, l_i, acc
     q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
     used_tiles = ((num_blocks - first_block) * BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    for i in range(tl.minimum(used_tiles - share * NUM_TILES, NUM_TILES)):
-        item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
+    num_tiles = NUM_TILES
+    if LONG:
+        num_tiles = (used_tiles + NUM_SLOTS - SLC_SLOTS - 1) // (NUM_SLOTS - SLC_SLOTS)
+    for i in range(tl.minimum(used_tiles - share * num_tiles, num_tiles)):
+        item, offs = _split_tokens((share * num_tiles + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
         block = first_block + item
-        if BLOCK_N <= BLOCK_SIZE:
+        if BLOCK_N <= BLOCK_SIZE and not LONG:
             page = _pick(pages, offs_i, item - first_item)
         else:
             page = tl.load(table_ptr + block, mask=block < num_blocks, other=0)

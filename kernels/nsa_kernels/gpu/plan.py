@@ -29,13 +29,15 @@ class ScoreChunk:
     """A run of prefill tiles whose block scores fit into the workspace together.
 
     tiles: of `PrefillPlan.tile_starts`. Their tokens are [first_token, first_token + num_tokens),
-    and the last of them sees `num_score_tiles` score tiles.
+    and the last of them sees `num_score_tiles` score tiles. is_dense: all of them select every
+    block that they see.
     """
 
     tiles: slice
     first_token: int
     num_tokens: int
     num_score_tiles: int
+    is_dense: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +47,7 @@ class PrefillPlan:
     tile_rows, tile_starts: [tiles] int32; tile i is the tokens tile_starts[i] and after, at most
     `prefill_block_q` of them, of row tile_rows[i].
     window_rows, window_ends: [W] int32, row of every window that closes, and the number of tokens
-    up to its end.
+    up to its end. lse_window_rows, lse_window_ends: the same of the coarse windows.
     cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
     is_short: contexts are so short that attending to all of them with a mask is faster.
     """
@@ -55,6 +57,8 @@ class PrefillPlan:
     tile_starts: Tensor
     window_rows: Tensor
     window_ends: Tensor
+    lse_window_rows: Tensor
+    lse_window_ends: Tensor
     cu_blocks: Tensor
     num_blocks: int
     score_chunks: list[ScoreChunk]
@@ -119,13 +123,20 @@ def plan_attention(
         host["swa_page_table"] = meta.branches.swa_page_table.numpy()
         host["tail_slots"] = meta.branches.tail_slots.numpy()
     score_chunks: list[ScoreChunk] = []
+    is_dense = False
     if num_decode_rows < num_rows:
         tiles = _tiles(cu_seqlens, num_decode_rows, prefill_block_q(num_q_heads // num_kv_heads))
         host["tile_rows"], host["tile_starts"] = tiles
-        host |= _closing_windows(meta, token_rows, spec)
+        host["window_rows"], host["window_ends"] = _closing_windows(
+            meta, token_rows, spec.cmp_len, spec.cmp_stride
+        )
+        host["lse_window_rows"], host["lse_window_ends"] = _closing_windows(
+            meta, token_rows, spec.lse_len, spec.lse_stride
+        )
         num_blocks = -(-meta.seq_lens.numpy() // spec.block_size)
         host["cu_blocks"] = np.concatenate(([0], np.cumsum(num_blocks)))
         score_chunks = _score_chunks(meta, tiles[1], num_q_heads, dtype, spec)
+        is_dense = all(chunk.is_dense for chunk in score_chunks)
     sent = _send(host, device)
     prefill = None
     if score_chunks:
@@ -135,10 +146,13 @@ def plan_attention(
             tile_starts=sent["tile_starts"],
             window_rows=sent["window_rows"],
             window_ends=sent["window_ends"],
+            lse_window_rows=sent["lse_window_rows"],
+            lse_window_ends=sent["lse_window_ends"],
             cu_blocks=sent["cu_blocks"],
             num_blocks=int(host["cu_blocks"][-1]),
             score_chunks=score_chunks,
-            is_short=float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
+            is_short=is_dense
+            or float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
         )
     return GpuPlan(
         branches=branches or Branches(),
@@ -242,13 +256,16 @@ def _tiles(
 
 
 def _closing_windows(
-    meta: AttnMetadata, token_rows: npt.NDArray[np.integer], spec: NSASpec
-) -> dict[str, npt.NDArray[np.integer]]:
-    """Windows that the prefill tokens close; those of decode rows are found on the device."""
+    meta: AttnMetadata, token_rows: npt.NDArray[np.integer], length: int, stride: int
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Rows and ends of the windows that the prefill tokens close, none where length is 0.
+
+    Those of decode rows are found on the device.
+    """
     first = meta.num_decode_rows
     ends = meta.positions.numpy()[first:] + 1
-    closes = (ends >= spec.cmp_len) & ((ends - spec.cmp_len) % spec.cmp_stride == 0)
-    return {"window_rows": token_rows[first:][closes], "window_ends": ends[closes]}
+    closes = (ends >= length) & (ends % max(stride, 1) == 0) & (length > 0)
+    return token_rows[first:][closes], ends[closes]
 
 
 def _score_chunks(
@@ -266,6 +283,7 @@ def _score_chunks(
     visible = (positions[ends - 1] + 1) // spec.cmp_stride
     score_tiles = np.maximum(-(-visible // tile_entries), 1)
     cost = score_bytes_per_token(num_q_heads, 1, dtype, spec)
+    is_dense = positions[ends - 1] + 1 < spec.dense_len
     chunks: list[ScoreChunk] = []
     first = 0
     while first < len(tile_starts):
@@ -273,11 +291,14 @@ def _score_chunks(
         while stop < len(tile_starts):
             most = max(most, int(score_tiles[stop]))
             tokens = int(ends[stop] - tile_starts[first])
-            if stop > first and cost * most * tokens > WORKSPACE_BYTES:
+            is_other = is_dense[stop] != is_dense[first]
+            if stop > first and (is_other or cost * most * tokens > WORKSPACE_BYTES):
                 break
             stop += 1
         used = int(score_tiles[first:stop].max())
         begin, end = int(tile_starts[first]), int(ends[stop - 1])
-        chunks.append(ScoreChunk(slice(first, stop), begin, end - begin, used))
+        chunks.append(
+            ScoreChunk(slice(first, stop), begin, end - begin, used, bool(is_dense[first]))
+        )
         first = stop
     return chunks

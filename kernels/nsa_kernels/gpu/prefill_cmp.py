@@ -94,8 +94,8 @@ def prefill_cmp(
     `num_tokens` tokens: tile i is the tokens tile_starts[i] .. + prefill_block_q(G) - 1 of row
     tile_rows[i], cut at the row's end. cu_seqlens_q: [B + 1], seq_lens: [B], page_table: [B, P],
     all int32. num_score_tiles: at least ceil(visible entries of any token / TE).
-    with_output, with_scores: what is wanted beside lse2. out: [T, HQ, Dv], contiguous; o_cmp is
-    written into its rows [first_token, first_token + R) instead of into a new tensor.
+    with_output, with_scores: what is wanted beside lse2, if anything. out: [T, HQ, Dv], contiguous;
+    o_cmp is written into its rows [first_token, first_token + R) instead of into a new tensor.
     check: assert on the device that every page id is one of the cache's.
     Tuning: row_split, programs that share a tile of queries; num_warps and num_stages of one.
     16-bit inputs take two programs of 4 warps and 2 stages where an SM holds two of them without
@@ -103,10 +103,8 @@ def prefill_cmp(
     `tl.dot` multiplies fp32: three tf32 products keep about 22 bits, and "ieee" has no tensor
     cores and spills registers.
 
-    Raises ValueError when nothing is wanted, out has another shape or the scale is not positive.
+    Raises ValueError when out has another shape or the scale is not positive.
     """
-    if not (with_output or with_scores):
-        raise ValueError("with_output and with_scores are both False: nothing to compute")
     if not softmax_scale > 0:
         raise ValueError(f"softmax_scale must be positive, got {softmax_scale}")
     _, num_q_heads, head_dim = q.shape

@@ -28,6 +28,8 @@ WORD_BLOCKS = tl.constexpr(32)
 # keys it sees; they are equal at about so many keys, in the mean over queries, for each block. An
 # H200 had 1500 (32 heads of 64) and 2000 (64 heads of 128) for 16 blocks.
 SHORT_KEYS_PER_BLOCK = 96
+# Blocks of a query's list that are turned into bits at once.
+LIST_STEP = 32
 
 
 def short_context(spec: NSASpec) -> int:
@@ -124,7 +126,6 @@ def _prefill_short_kernel(
         )
     chosen_row = (tokens - first_token).to(tl.int64) * KV_HEADS + kv_head
     chosen_ptrs = block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :]
-    chosen_mask = in_rows[:, None] & (offs_s < NUM_SELECTED)[None, :]
 
     if k_scale_ptr is not None:
         scale_log2 *= tl.load(k_scale_ptr + kv_head)
@@ -135,9 +136,13 @@ def _prefill_short_kernel(
     page = _load_pages(table_ptr, 0, last, num_pages, PAGE_SIZE, BLOCK_N, CHECK)
     for word_start in tl.range(0, last + 1, WORD_KEYS):
         # Bit i: the query chose the i-th block from here. It chose none twice.
-        place = tl.load(chosen_ptrs, mask=chosen_mask, other=-1) - word_start // PAGE_SIZE
-        is_here = (place >= 0) & (place < WORD_BLOCKS)
-        word = tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
+        word = tl.zeros([BLOCK_Q * BLOCK_H], tl.int32)
+        for first_s in tl.static_range(0, NUM_SELECTED, BLOCK_S):
+            chosen_mask = in_rows[:, None] & (first_s + offs_s < NUM_SELECTED)[None, :]
+            chosen = tl.load(chosen_ptrs + first_s, mask=chosen_mask, other=-1)
+            place = chosen - word_start // PAGE_SIZE
+            is_here = (place >= 0) & (place < WORD_BLOCKS)
+            word += tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
         word_stop = tl.minimum(word_start + WORD_KEYS, last + 1)
         for start in tl.range(word_start, word_stop, BLOCK_N):
             if PAGE_SIZE >= BLOCK_N:
@@ -231,7 +236,8 @@ def prefill_short(
     """Write out[t] = g_cmp * o_cmp[t] + g_slc * o_slc[t] + g_swa * o_swa[t] for the tiles' tokens.
 
     The same result as `prefill_slc`, and the same arguments as far as they are named alike:
-    block_indices: [R, H, S] int32 of the tokens from first_token on, -1 for none, no block twice.
+    block_indices: [R, H, width] int32 of the tokens from first_token on, -1 for none, no block
+    twice; width is `spec.block_table_width`.
     o_cmp, o_swa: contiguous [T, HQ, Dv], or None.
     tile_rows, tile_starts: int32 [num_tiles], row and first token of every tile of
     `prefill_block_q(G)` tokens. cu_seqlens_q int32 [B + 1], seq_lens int32 [B], page_table int32
@@ -241,7 +247,7 @@ def prefill_short(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, v_head_dim = cache.v.shape
-    selected = spec.num_selected_blocks
+    selected = spec.block_table_width
     shape = (num_tokens, num_q_heads, v_head_dim)
     check_shape("block_indices", block_indices, (num_tokens - first_token, num_kv_heads, selected))
     for name, branch in (("o_cmp", o_cmp), ("o_swa", o_swa), ("out", out)):
@@ -287,7 +293,7 @@ def prefill_short(
         GROUP_SIZE=group_size,
         KV_HEADS=num_kv_heads,
         NUM_SELECTED=selected,
-        BLOCK_S=triton.next_power_of_2(selected),
+        BLOCK_S=min(triton.next_power_of_2(selected), LIST_STEP),
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
         V_DIM=v_head_dim,
