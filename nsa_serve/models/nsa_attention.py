@@ -90,7 +90,8 @@ class NSAOperator:
             return self.gate_constant
         if self.gate_output is not None:
             projected = self.gate_output(projected)
-        return projected.unflatten(-1, (self.heads[0], 3))
+        gates: Tensor = projected.unflatten(-1, (self.heads[0], 3))
+        return gates
 
 
 class NSAAttention(nn.Module):

@@ -32,7 +32,7 @@ def _full_attention(value: Any) -> bool:
 
 
 _MLA = "it belongs to multi-head latent attention (MLA), which is another attention"
-_MOE = "it belongs to a mixture of experts, which only the nsa_moe family has"
+_MOE = "it belongs to a mixture of experts; only the nsa_moe family has one (n_routed_experts)"
 _SCALE = "it scales activations, as no model of this family does"
 _CAP = "it caps scores or logits"
 _MTP = "layers that predict further tokens (MTP) are not loaded; remove them and set it to 0"
@@ -79,7 +79,8 @@ _RULES: Mapping[str, tuple[Harmless, str]] = {
     **dict.fromkeys(("logit_softcap", "clip_qkv", "logits_soft_cap"), (_absent, _CAP)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (_one, _SCALE)),
     **dict.fromkeys(("logits_scaling", "logit_scale", "scale_emb"), (_one, _SCALE)),
-    **dict.fromkeys(("scale_depth", "dim_model_base"), (_absent, _SCALE)),
+    "scale_depth": (_one, _SCALE),
+    "dim_model_base": (_absent, _SCALE),
     "attention_multiplier": (_absent, "scores are scaled by 1 / sqrt(head_dim) only"),
     "query_pre_attn_scalar": (_absent, "scores are scaled by 1 / sqrt(head_dim) only"),
     "parallel_attn": (_absent, "attention and MLP one after the other are computed"),

@@ -3,11 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import get_args
 
-from nsa_serve.config import EngineConfig, make_config, parse_bytes
+from nsa_serve.config import EngineConfig, NSADialect, make_config, parse_bytes
 from nsa_serve.errors import ConfigError
 
-CONVERT_FLAGS = ("nsa_config", "revision", "gates", "shard_size")
+CONVERT_FLAGS = ("nsa_config", "nsa_dialect", "revision", "gates", "shard_size")
 """Names of its flags, for a hint at a misspelt one."""
 
 
@@ -19,6 +20,11 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
         "--nsa-config",
         metavar="FILE",
         help="JSON file with the `nsa` section for a dense Llama, or to replace the one it has",
+    )
+    parser.add_argument(
+        "--nsa-dialect",
+        choices=get_args(NSADialect),
+        help="what a llama-nsa checkpoint computes, where its config.json leaves it open",
     )
     parser.add_argument("--revision", metavar="TEXT", help="branch, tag or commit of a hub id")
     parser.add_argument(
@@ -52,6 +58,7 @@ def convert_command(parsed: argparse.Namespace) -> int:
     settings = {
         "model": parsed.source,
         "nsa_config": parsed.nsa_config,
+        "nsa_dialect": parsed.nsa_dialect,
         "revision": parsed.revision,
     }
     source = resolve_model(make_config(EngineConfig, settings))

@@ -95,7 +95,8 @@ def paper_attention(h: Tensor, weights: Weights, prefix: str, config: Mapping[st
     """NSA with keys and values of its own for each branch: [T, hidden] -> [T, hidden]."""
     nsa = config["nsa"]
     num_heads, num_kv = config["num_attention_heads"], config["num_key_value_heads"]
-    dim, v_dim = config["head_dim"], config["v_head_dim"]
+    dim = config["head_dim"]
+    v_dim = config.get("v_head_dim", dim)
     length, stride, size = nsa["cmp_len"], nsa["cmp_stride"], nsa["block_size"]
     section = config.get("rope_scaling")
     if section is None:

@@ -182,7 +182,7 @@ def test_legacy_merge_is_exact_up_to_half_a_chunk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"window_size": 0}, {"inference_mode": "sparse"}])
 def test_siblings_with_other_attention_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    with pytest.raises(ModelError, match="SSA, MoBA"):
+    with pytest.raises(ModelError, match="SSA-1B, MoBA-1B"):
         load(tmp_path, NSA_1B, **changes)
     section = {"block_size": 16, "cmp_len": 16, "window_size": 0}
     assert load(tmp_path, NSA_1B, nsa=section, **changes).nsa.window_size == 0
@@ -219,8 +219,14 @@ def test_native_reads_every_nsa_field(tmp_path: Path) -> None:
         "compression": "mlp",
         "cmp_hidden_size": 40,
         "gate": "linear",
+        "gate_hidden_size": 20,
         "gate_bias": True,
         "gate_constant": [1.0, 0.5, 0.25],
+        "branches": ["cmp", "slc"],
+        "window_gate": "swa",
+        "dense_len": 90,
+        "lse_len": 32,
+        "lse_stride": 16,
     }
     (tmp_path / "config.json").write_text(json.dumps({**NATIVE, "v_head_dim": 8, "nsa": section}))
     config = load_model_config(ModelSource(name="test", folder=tmp_path))
@@ -247,6 +253,13 @@ def test_native_reads_every_nsa_field(tmp_path: Path) -> None:
         ({"gate_constant": [0, 1, float("nan")]}, "nsa.gate_constant must be a list of three"),
         ({"cmp_stride": 5}, "cmp_stride must divide cmp_len"),
         ({"gate": "softmax"}, "gate must be"),
+        ({"branches": "slc"}, "nsa.branches must be a list"),
+        ({"branches": []}, "branches must name at least one"),
+        ({"branches": ["slc", "cmp"]}, "branches must name at least one of .* in this order"),
+        ({"branches": ["win"]}, "branches must name at least one of cmp, slc, swa"),
+        ({"branches": ["swa"], "window_size": 0}, "window_size must be at least 1"),
+        ({"window_gate": "cmp"}, "window_gate must be"),
+        ({"window_gate": "slc"}, "window_gate 'slc' needs"),
     ],
 )
 def test_wrong_nsa_sections_are_refused(tmp_path: Path, section: Any, said: str) -> None:
@@ -281,11 +294,10 @@ def test_missing_fields_are_all_named(tmp_path: Path) -> None:
         assert all(name in str(caught.value) for name in names)
 
 
-@pytest.mark.parametrize("model_type", ["mixtral", None, "minicpm"])
+@pytest.mark.parametrize("model_type", ["mixtral", None, "minicpm3"])
 def test_other_model_types_are_refused(tmp_path: Path, model_type: str | None) -> None:
-    with pytest.raises(ModelError, match="supported are nsa, llama-nsa, llama") as caught:
+    with pytest.raises(ModelError, match="supported are nsa, llama-nsa, llama, nsa_moe, minicpm"):
         load(tmp_path, NATIVE, model_type=model_type)
-    assert ("not supported yet" in str(caught.value)) == (model_type == "minicpm")
 
 
 LLAMA3 = {
@@ -323,7 +335,7 @@ def test_both_spellings_of_transformers_agree(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "'dynamic' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "lacks factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be a number above 0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "per layer type"),
