@@ -1,6 +1,7 @@
 """Decode of flash-linear-attention's NSAForCausalLM beside ours: same weights, same prompts.
 
-    python benchmarks/gpu_fla.py [--rows 8] [--context 32768] [--tokens 129] [--out FILE] [--tiny]
+    python benchmarks/gpu_fla.py [--rows 8] [--context 32768] [--tokens 129] [--ways generate]
+                                  [--out FILE] [--tiny]
 
 The model is A's shape in fla's own dialect: blocks of 64, 16 of them selected, window 128 (with
 A's blocks of 16, fla's top-k refuses to select 16 of them). Both read the same safetensors.
@@ -207,8 +208,9 @@ def measure_fla(
         ]
         return (median(whole) - median(first)) / (num_tokens - 1) * 1e3, outputs[0]
 
-    attempt("fla loop", loop)
-    attempt("fla generate", generate)
+    ways = {"loop": loop, "generate": generate}
+    for way in options.ways:
+        attempt(f"fla {way}", ways[way])
     return tokens
 
 
@@ -242,6 +244,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=129)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--ways", nargs="+", choices=["loop", "generate"], default=["loop", "generate"]
+    )
     parser.add_argument("--folder", type=Path, help="a folder of gpu_models.py, with weights")
     options = parser.parse_args()
     if options.tiny:

@@ -1,6 +1,7 @@
 """From `nsa-serve serve` to the first token, by phase: with a cold and with a warm Triton cache.
 
-    python benchmarks/gpu_start.py [--model a|b] [--folder FOLDER] [--repeats 2] [--out FILE]
+    python benchmarks/gpu_start.py [--model a|b] [--folder FOLDER] [--repeats 2]
+                                    [--triton-cache FOLDER] [--out FILE]
 
 The checkpoint is real (random) safetensors, written first unless --folder has them, and read once
 before anything is timed: its pages are warm. Times are seconds since the process was started: the
@@ -108,6 +109,9 @@ def main() -> None:
     parser.add_argument("--model", choices=["a", "b"], default="b")
     parser.add_argument("--folder", type=Path, help="a folder of gpu_models.py, with weights")
     parser.add_argument("--repeats", type=int, default=2, help="starts with a warm cache")
+    parser.add_argument(
+        "--triton-cache", type=Path, help="one that has every kernel already: no cold start"
+    )
     options = parser.parse_args()
     device = resolve_device(options.device)
     with tempfile.TemporaryDirectory() as temporary:
@@ -129,12 +133,13 @@ def main() -> None:
         }
         settings = {**device_options(device), **engine_options(options.option)}
         result["settings"] = settings
-        for number in range(1 + options.repeats):
+        is_warm = options.triton_cache is not None
+        for number in range(int(is_warm), 1 + options.repeats):
             row = start_once(
                 folder,
                 server_flags(settings),
                 log=scratch / f"server-{number}.log",
-                triton_cache=scratch / "triton",
+                triton_cache=options.triton_cache or scratch / "triton",
                 cache="warm" if number else "cold",
             )
             result["starts"].append(row)

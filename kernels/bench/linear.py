@@ -1,6 +1,6 @@
 """The linear layers of a decode step, against PyTorch and against reading the weights.
 
-    python kernels/bench/linear.py [--tune] [--models A B] [--rows 1 8 32] [--out FILE.json]
+    python kernels/bench/linear.py [--tune | --tune2] [--models A B] [--rows 1 8 32] [--out FILE]
 
 Every layer of two models, with what is fused into it, from a CUDA graph over rotated weights that
 L2 does not hold: `ours` by the table of `nsa_kernels.gpu.linear`, `torch` the matrix library with
@@ -8,6 +8,10 @@ separate kernels around it, `floor` the bytes of the weights over --bandwidth. `
 weights are in L2, what a prefetch can win at most. --tune times every candidate tile for one row
 count of each class and prints the fastest; the first lines are then its table. The chain is the
 four linears of a decoder layer in turn, 16 layers in one graph, per layer.
+
+--tune2 instead times the kernels of `gemm.py` and `gemv.py` against the table and PyTorch, names
+them as `gemm BLOCK_N x block_k x warps / stages`, and runs the chain of the fastest without early
+launch, with it, and with weights that are loaded before the wait.
 
 Kernels are compiled first, by --workers processes (`--part i/n` compiles one share and ends).
 """
@@ -32,7 +36,9 @@ from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nsa_kernels.gpu import linear as skinny
-from nsa_kernels.gpu.linear import Rotary, SkinnyConfig, row_class, skinny_config
+from nsa_kernels.gpu.gemm import GEMM_ROW_CLASSES, GemmConfig
+from nsa_kernels.gpu.gemv import LANES_K, GemvConfig, can_gemv
+from nsa_kernels.gpu.linear import Rotary, SkinnyConfig, choose_config, row_class, skinny_config
 
 NUM_LAYERS = 16
 EPS = 1e-5
@@ -90,6 +96,18 @@ SPLIT_TILES = {
     32: [(32, 64, 4, 4, 2), (32, 64, 4, 3, 4), (64, 64, 4, 3, 2), (64, 64, 4, 3, 4)],
     64: [(32, 64, 4, 3, 2), (64, 32, 4, 4, 2), (64, 32, 4, 4, 4), (64, 32, 8, 3, 4)],
 }
+# For --tune2: rows, rows of its chain, and tiles (block_n, block_k, num_warps, num_stages) of gemm.
+TUNED2_ROWS = (1, 4, 8, 16, 32)
+CHAIN2_ROWS = (1, 8, 32)
+GEMM_TILES = {
+    16: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (128, 64, 4, 4)],
+    32: [(64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)],
+    64: [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3)],
+}
+# (pairs, unroll, num_warps) of gemv.
+GEMV_TILES = [(1, 4, 1), (4, 4, 4), (8, 2, 4)]
+NUM_SMS, SM_SHARED = 132, 233472
+MAX_SPLITS, MIN_SPLIT_STEPS = 16, 4
 # Layers of more weights have programs enough.
 MAX_SPLIT_BYTES = 130e6
 
@@ -131,6 +149,8 @@ MODELS = {
     ),
 }
 
+Config = SkinnyConfig | GemvConfig | GemmConfig
+
 
 class Inputs:
     """What a layer takes beside its weight, for M rows, in bf16 on `device`."""
@@ -154,7 +174,7 @@ class Inputs:
     def ours(
         self,
         weight: Tensor,
-        config: SkinnyConfig | None,
+        config: Config | None,
         *,
         x: Tensor | None = None,
         launch_pdl: bool = True,
@@ -178,14 +198,15 @@ class Inputs:
         )
 
 
-def table_config(layer: Layer, num_rows: int) -> SkinnyConfig | None:
+def table_config(layer: Layer, num_rows: int) -> Config | None:
     """The configuration that `linear` would choose."""
-    return skinny_config(num_rows, layer.num_weights, layer.num_in, torch.bfloat16)
+    sizes = (num_rows, layer.num_weights, layer.num_in)
+    return choose_config(*sizes, torch.bfloat16)
 
 
 def candidates(layer: Layer, size: int) -> list[SkinnyConfig]:
     """Every configuration to try for a class of rows, that of the table first."""
-    default = table_config(layer, size)
+    default = skinny_config(size, layer.num_weights, layer.num_in, torch.bfloat16)
     found = [] if default is None else [default]
     has_norm = "norm" in layer.fused
     for tile in TILES[size]:
@@ -202,6 +223,34 @@ def candidates(layer: Layer, size: int) -> list[SkinnyConfig]:
         if has_norm:
             found.append(replace(default, fold_norm=not default.fold_norm))
     return list(dict.fromkeys(found))
+
+
+def candidates2(layer: Layer, num_rows: int) -> list[Config]:
+    """Every configuration that --tune2 tries, that of the table first."""
+    found: list[Config] = []
+    sizes = (num_rows, layer.num_weights, layer.num_in)
+    for default in (table_config(layer, num_rows), skinny_config(*sizes, torch.bfloat16)):
+        if default is not None:
+            found.append(default)
+    if can_gemv(*sizes, torch.bfloat16):
+        for pairs, unroll, num_warps in GEMV_TILES:
+            if layer.num_in % (unroll * LANES_K) == 0:
+                found.append(GemvConfig(pairs, unroll, num_warps, early=False))
+    size = next(size for size in GEMM_ROW_CLASSES if size >= num_rows)
+    for block_n, block_k, num_warps, num_stages in GEMM_TILES[size]:
+        # As many programs as are resident at once, and half of them.
+        resident = SM_SHARED // ((block_n + size) * block_k * 2 * num_stages + 1024)
+        steps = layer.num_in // block_k
+        most = max(1, min(MAX_SPLITS, steps // MIN_SPLIT_STEPS))
+        wave = NUM_SMS * resident // -(-layer.num_weights // block_n)
+        for splits in (min(most, max(1, wave)), min(most, max(1, wave // 2))):
+            found.append(GemmConfig(block_n, block_k, num_warps, num_stages, splits))
+    return list(dict.fromkeys(found))
+
+
+def with_early_weights(config: Config | None) -> Config | None:
+    """The same, and the first weights are loaded before the wait where the kernel can."""
+    return replace(config, early=True) if isinstance(config, GemvConfig | GemmConfig) else config
 
 
 @contextmanager
@@ -223,6 +272,24 @@ def compile_only() -> Iterator[None]:
         yield
     finally:
         JITFunction.run = run
+
+
+def jobs2(layers: list[Layer], rows: list[int]) -> list[tuple[Layer, int, Any, bool]]:
+    """(layer, rows, configuration, launch_pdl) of every kernel that --tune2 will run."""
+    found: dict[tuple[Layer, int, Any, bool], None] = {}
+    compiled: set[tuple[Layer, int, Any, bool]] = set()
+    for layer, num_rows in itertools.product(layers, rows):
+        for config in candidates2(layer, num_rows):
+            kinds: list[tuple[Config | None, bool]] = [(config, True)]
+            if num_rows in CHAIN2_ROWS and not layer.name.endswith("head"):
+                kinds += [(config, False), (with_early_weights(config), True)]
+            for kind in kinds:
+                # One kernel of gemm does for all rows of a class.
+                size = 16 if isinstance(config, GemmConfig) and num_rows <= 16 else num_rows
+                if (layer, size, *kind) not in compiled:
+                    compiled.add((layer, size, *kind))
+                    found[layer, num_rows, *kind] = None
+    return list(found)
 
 
 def jobs(layers: list[Layer], rows: list[int], *, tune: bool) -> list[tuple[Layer, int, Any, bool]]:
@@ -275,10 +342,16 @@ def time_us(call: Any, weights: list[Tensor]) -> float:
     return timing.ms * 1e3
 
 
-def describe(config: SkinnyConfig | None) -> str:
+def describe(config: Config | None) -> str:
     """A configuration as in `SkinnyConfig(...)`, short."""
     if config is None:
         return "torch"
+    if isinstance(config, GemvConfig):
+        early = " early" if config.early else ""
+        return f"gemv {config.pairs}x{config.unroll}x{config.num_warps}{early}"
+    if isinstance(config, GemmConfig):
+        tile = f"gemm {config.block_n}x{config.block_k}x{config.num_warps}/{config.num_stages}"
+        return f"{tile} split {config.splits}{' early' if config.early else ''}"
     flags = ("" if config.fold_norm else " norm apart") + (
         "" if config.prefetch else " no prefetch"
     )
@@ -297,13 +370,18 @@ def make_weights(layer: Layer) -> list[Tensor]:
     ]
 
 
-def tune_layer(layer: Layer, weights: list[Tensor], rows: list[int]) -> list[dict[str, Any]]:
-    """Time every candidate, and print the three fastest of each number of rows."""
+def tune_layer(
+    layer: Layer, weights: list[Tensor], rows: list[int], *, second: bool = False
+) -> list[dict[str, Any]]:
+    """Time every candidate, those of --tune2 if `second`, and print the fastest of each rows."""
     records: list[dict[str, Any]] = []
     for num_rows in rows:
         inputs = Inputs(layer, num_rows, "cuda")
-        times: list[tuple[float, SkinnyConfig | None]] = []
-        for config in candidates(layer, row_class(num_rows)):
+        times: list[tuple[float, Config | None]] = []
+        tried: list[Any] = (
+            candidates2(layer, num_rows) if second else candidates(layer, row_class(num_rows))
+        )
+        for config in tried:
             try:
                 us = time_us(lambda w, c=config, i=inputs: i.ours(w, c), weights)
             except Exception as error:
@@ -313,7 +391,9 @@ def tune_layer(layer: Layer, weights: list[Tensor], rows: list[int]) -> list[dic
             times.append((us, config))
         times.append((time_us(inputs.by_torch, weights), None))
         ranked = sorted(times, key=lambda item: item[0])
-        shown = ", ".join(f"{describe(config)} {us:.2f}" for us, config in ranked[:4])
+        shown = ", ".join(
+            f"{describe(config)} {us:.2f}" for us, config in ranked[: 3 if second else 4]
+        )
         default = next(
             (us for us, config in times if config == table_config(layer, num_rows)), float("nan")
         )
@@ -411,6 +491,87 @@ def measure_chain(
     return records
 
 
+def measure_chain2(
+    model: str, bandwidth: float, best: dict[tuple[str, int], Config | None]
+) -> list[dict[str, Any]]:
+    """Time a decoder layer's four linears in turn by the fastest kernels, and print a line each.
+
+    best: by (layer, rows), None for PyTorch.
+    """
+    layers = MODELS[model][:4]
+    weights = {
+        layer: [
+            torch.randn(layer.num_weights, layer.num_in, dtype=torch.bfloat16, device="cuda").mul_(
+                layer.num_in**-0.5
+            )
+            for _ in range(NUM_LAYERS)
+        ]
+        for layer in layers
+    }
+    floor = sum(layer.weight_bytes for layer in layers) / bandwidth * 1e6
+    records: list[dict[str, Any]] = []
+    for num_rows in CHAIN2_ROWS:
+        inputs = [Inputs(layer, num_rows, "cuda") for layer in layers]
+        fastest = [best[layer.name, num_rows] for layer in layers]
+        early = [with_early_weights(config) for config in fastest]
+        table = [table_config(layer, num_rows) for layer in layers]
+        kinds: dict[str, tuple[list[Config | None], bool]] = {
+            "no early launch": (fastest, False),
+            "early launch": (fastest, True),
+            "early weights": (early, True),
+            "table": (table, True),
+            "torch": ([None] * len(layers), False),
+        }
+
+        def chain(configs: list[Config | None], launch_pdl: bool, inputs: Any = inputs) -> Tensor:
+            x: Tensor = inputs[0].x
+            for i in range(NUM_LAYERS):
+                for layer, given, config in zip(layers, inputs, configs, strict=True):
+                    # Attention would stand before o: its output is as wide as o takes.
+                    x, weight = x[:, : layer.num_in], weights[layer][i]
+                    if config is None:
+                        x = given.by_torch(weight, x=x)
+                    else:
+                        x = given.ours(weight, config, x=x, launch_pdl=launch_pdl)
+            return x
+
+        us = {}
+        for how, kind in kinds.items():
+            timing = time_graph([functools.partial(chain, *kind)], min_calls=1, budget_s=0.02)
+            us[how] = round(timing.ms * 1e3 / NUM_LAYERS, 2)
+        shown = ", ".join(f"{how} {value:.2f}" for how, value in us.items())
+        print(f"{model} layer x{num_rows:<3} us: {shown}; floor {floor:.2f}", flush=True)
+        records.append(
+            {
+                "model": model,
+                "rows": num_rows,
+                "floor_us": round(floor, 2),
+                "us": us,
+                "configs": [describe(config) for config in fastest],
+            }
+        )
+    return records
+
+
+@torch.inference_mode()
+def run_second(args: argparse.Namespace, layers: list[Layer], rows: list[int]) -> dict[str, Any]:
+    """Everything of --tune2 that runs on the GPU."""
+    tuned: list[dict[str, Any]] = []
+    best: dict[tuple[str, int], Config | None] = {}
+    for layer in layers:
+        by_name = {describe(c): c for num_rows in rows for c in candidates2(layer, num_rows)}
+        weights = make_weights(layer)
+        for record in tune_layer(layer, weights, rows, second=True):
+            tuned.append(record)
+            best[layer.name, record["rows"]] = by_name.get(next(iter(record["us"])))
+        del weights
+    chains: list[dict[str, Any]] = []
+    if not args.no_chain and not args.layers and set(CHAIN2_ROWS) <= set(rows):
+        for model in args.models:
+            chains += measure_chain2(model, args.bandwidth, best)
+    return {"tuned": tuned, "chains": chains}
+
+
 def main() -> None:
     """Compile, tune if asked, measure, and print tables and JSON."""
     parser = make_parser(__doc__)
@@ -418,6 +579,7 @@ def main() -> None:
     parser.add_argument("--layers", nargs="+", help="names such as A.o; all if absent")
     parser.add_argument("--rows", nargs="+", type=int)
     parser.add_argument("--tune", action="store_true", help="time every candidate tile")
+    parser.add_argument("--tune2", action="store_true", help="time gemm and gemv only")
     parser.add_argument("--no-chain", action="store_true")
     parser.add_argument("--bandwidth", type=float, default=4.25e12, help="bytes a second")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
@@ -432,13 +594,19 @@ def main() -> None:
     ]
     rows = args.rows or list(TUNED_ROWS[:3] if args.quick else ROWS)
     tuned_rows = [m for m in (args.rows or TUNED_ROWS) if m in rows]
+    if args.tune2:
+        rows = args.rows or list(TUNED2_ROWS)
     if args.part:
-        compile_share(jobs(layers, rows, tune=args.tune), args.part)
+        work = jobs2(layers, rows) if args.tune2 else jobs(layers, rows, tune=args.tune)
+        compile_share(work, args.part)
         return
     torch.manual_seed(0)
     compile_s = compile_all(sys.argv[1:], args.workers)
     print(f"compiled in {compile_s:.1f} s")
-    results = run_all(args, layers, rows, tuned_rows)
+    if args.tune2:
+        results = run_second(args, layers, rows)
+    else:
+        results = run_all(args, layers, rows, tuned_rows)
     finish("linear", {"compile_s": round(compile_s, 1), **results}, out=args.out, started=started)
 
 

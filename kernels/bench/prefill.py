@@ -5,14 +5,23 @@
 TFLOP/s counts what the three branches need (problem.py), "dense equivalent" what causal dense
 attention would have needed in the same time. With --chunk N only the last N tokens of each context
 are prefilled, over a cache that holds the others; there is no peer for that.
+
+    python kernels/bench/prefill.py --compare [--quick] [--models a b] [--cases 8k 32k 64k 4x2k]
+
+compares two ways to score blocks, stage by stage, for the models of benchmarks/gpu_models.py, and
+tiles for each stage unless --quick; see prefill_compare.py. --workers processes compile first.
 """
 
+import argparse
 import functools
+import os
+import sys
 import time
 from dataclasses import asdict
 from typing import Any
 
 import peers
+import prefill_compare
 import torch
 from problem import GEOMETRIES, Heads, dense_prefill_flops, make_problem, prefill_flops
 from timing import (
@@ -80,6 +89,28 @@ def print_row(row: dict[str, Any]) -> None:
         print(f"    no kernel times: {row['kernels_ms']}")
 
 
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what --compare understands."""
+    models, cases = prefill_compare.MODELS, prefill_compare.CASES
+    parser.add_argument("--compare", action="store_true", help="two ways to score blocks")
+    parser.add_argument("--models", nargs="+", default=list(models), choices=models)
+    parser.add_argument("--cases", nargs="+", default=list(cases), choices=cases)
+    parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
+    parser.add_argument("--part", help="i/n: only compile this share")
+
+
+def run_compare(args: argparse.Namespace, started: float) -> None:
+    """Compile and measure what --compare asks for, or compile one worker's share of it."""
+    tune = not args.quick
+    if args.part is not None:
+        prefill_compare.compile_share(args.models, args.cases, args.part, tune=tune)
+        return
+    compile_s = prefill_compare.compile_all(sys.argv[1:], args.workers)
+    print(f"compiled in {compile_s:.1f} s", flush=True)
+    results = prefill_compare.compare(args.models, args.cases, tune=tune)
+    finish("prefill-compare", {"compile_s": compile_s, **results}, out=args.out, started=started)
+
+
 def main() -> None:
     """Measure all shapes, print the table and the JSON."""
     parser = make_parser(__doc__)
@@ -87,8 +118,12 @@ def main() -> None:
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--chunk", type=int, help="prefill the last CHUNK tokens only")
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out, or 'peers'")
+    add_compare_arguments(parser)
     args = parser.parse_args()
     started = time.perf_counter()
+    if args.compare:
+        run_compare(args, started)
+        return
     if args.quick:
         args.contexts = [8192, 32768]
     if args.chunk is not None:

@@ -156,7 +156,7 @@ def make_problem(
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=heads.dtype, device=device, generator=generator)
 
-    def pages(tokens: int, width: int) -> Tensor:
+    def cache_pages(tokens: int, width: int) -> Tensor:
         return randn(num_pages, heads.num_kv_heads, tokens, width).to(
             heads.cache_dtype or heads.dtype
         )
@@ -172,10 +172,10 @@ def make_problem(
             v=randn(num_tokens, kv_heads, heads.v_head_dim),
             gates=torch.sigmoid(randn(num_tokens, heads.num_q_heads, 3)),
             cache=LayerCache(
-                pages(spec.block_size, heads.head_dim),
-                pages(spec.block_size, heads.v_head_dim),
-                pages(spec.cmp_entries_per_page, heads.head_dim),
-                pages(spec.cmp_entries_per_page, heads.v_head_dim),
+                cache_pages(spec.block_size, heads.head_dim),
+                cache_pages(spec.block_size, heads.v_head_dim),
+                cache_pages(spec.cmp_entries_per_page, heads.head_dim),
+                cache_pages(spec.cmp_entries_per_page, heads.v_head_dim),
                 k_scale=scale,
                 v_scale=scale,
             ),

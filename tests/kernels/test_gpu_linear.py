@@ -8,12 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nsa_kernels.gpu import gemm
+from nsa_kernels.gpu.gemm import GEMM_ROW_CLASSES, GemmConfig
 from nsa_kernels.gpu.gemv import GemvConfig, can_gemv
 from nsa_kernels.gpu.linear import (
     MAX_SKINNY_ROWS,
     ROW_CLASSES,
     Rotary,
     SkinnyConfig,
+    choose_config,
     linear,
     row_class,
     skinny_config,
@@ -124,6 +127,59 @@ def test_every_fusion_of_few_rows(
         )
 
 
+# Whole, split, and more splits than there are steps; K a multiple of the step or not.
+GEMM_TILES = [
+    GemmConfig(64, 32, 4, 3),
+    GemmConfig(64, 32, 4, 3, early=True),
+    GemmConfig(64, 64, 4, 4, splits=3),
+    GemmConfig(128, 32, 4, 3, splits=40, early=True),
+]
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("config", GEMM_TILES, ids=str)
+@pytest.mark.parametrize(("num_rows", "num_out", "num_in"), SHAPES)
+@pytest.mark.parametrize("fused", FUSIONS + PAIRS)
+def test_every_fusion_of_a_warp_group(
+    config: GemmConfig, num_rows: int, num_out: int, num_in: int, fused: str
+) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        check_fusion(
+            dtype, num_rows, num_out, num_in, fused, tolerance=TOLERANCE[dtype], config=config
+        )
+    counters = gemm._kept_counters(randn(1, dtype=dtype).device)
+    assert not counters.any()  # for the next launch
+
+
+@pytest.mark.parametrize("size", GEMM_ROW_CLASSES)
+@pytest.mark.parametrize("splits", [1, 3])
+def test_a_row_of_a_warp_group_does_not_depend_on_the_others(size: int, splits: int) -> None:
+    """Nor on how many there are in its class, nor on when weights are loaded."""
+    config = GemmConfig(64, 32, 4, 3, splits=splits)
+    x = randn(size, 136, dtype=torch.bfloat16)
+    weight = randn(80, 136, dtype=torch.bfloat16, seed=1)
+    expected = linear(x, weight, config=config)
+    assert torch.equal(linear(x, weight, config=replace(config, early=True)), expected)
+    for num_rows in {size // 2 + 1, size - 1 if size > 16 else 1, size}:
+        others = x[:num_rows].flip(0) * 3
+        others[0] = x[0]
+        others[-1] = x[num_rows - 1]
+        actual = linear(others, weight, config=config)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[-1], expected[num_rows - 1])
+
+
+def test_sizes_that_a_warp_group_does_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GemmConfig(64, 32, 4, 3, splits=2)
+    for x in (randn(2, 64, dtype=torch.float32), randn(65, 64, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match="bf16 or fp16 of at most 64 rows"):
+            linear(x, randn(70, 64, dtype=x.dtype), config=config)
+    x, weight = (randn(count, 64, dtype=torch.bfloat16) for count in (2, 70))
+    monkeypatch.setattr(gemm, "MAX_SPLIT_TILES", 1)
+    with pytest.raises(ValueError, match="2 tiles are too many to split: 1 at most"):
+        linear(x, weight, config=config)
+
+
 @DTYPES
 @pytest.mark.parametrize("fused", FUSIONS + PAIRS)
 def test_rows_beyond_the_skinny_kernel(dtype: torch.dtype, fused: str) -> None:
@@ -138,7 +194,7 @@ def check_fusion(
     fused: str,
     *,
     tolerance: float,
-    config: SkinnyConfig | GemvConfig | None = None,
+    config: SkinnyConfig | GemvConfig | GemmConfig | None = None,
     rotated_heads: int | None = None,
 ) -> None:
     is_swiglu, is_rotary = "swiglu" in fused, "rotary" in fused
@@ -283,6 +339,21 @@ def test_configurations_fit_every_number_of_rows(dtype: torch.dtype) -> None:
             assert config is None or config.block_n <= 32 * config.num_warps
 
 
+@DTYPES
+def test_rows_of_one_class_have_one_kernel(dtype: torch.dtype) -> None:
+    """What makes a row's result the same for every number of rows of its class."""
+    for num_out, num_in in [
+        (2400, 2048),
+        (2048, 2048),
+        (16384, 2048),
+        (9408, 4096),
+        (128256, 4096),
+    ]:
+        for first, last in [(2, 8), (9, 16), (17, 32), (33, MAX_SKINNY_ROWS)]:
+            sizes = range(first, last + 1)
+            assert len({choose_config(size, num_out, num_in, dtype) for size in sizes}) == 1
+
+
 def test_positions_that_are_settled() -> None:
     rotary = make_rotary(3, 2, torch.bfloat16)
     x, weight = randn(3, 40, dtype=torch.bfloat16), randn(60, 40, dtype=torch.bfloat16)
@@ -332,7 +403,10 @@ def test_nothing_to_do_and_what_does_not_fit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 16, 24, 32, 63, 64, 65])
-def test_full_size(dtype: torch.dtype, num_rows: int) -> None:
+@pytest.mark.parametrize("config", [None, GemmConfig(64, 128, 4, 4, splits=4)], ids=str)
+def test_full_size(dtype: torch.dtype, num_rows: int, config: GemmConfig | None) -> None:
+    if config is not None and num_rows > GEMM_ROW_CLASSES[-1]:
+        pytest.skip("one kernel takes at most 64 rows")
     tolerance = TOLERANCE_OF_MANY[dtype]
     for num_out, num_in, fused in [
         (2400, 2048, "norm+rotary"),
@@ -341,11 +415,20 @@ def test_full_size(dtype: torch.dtype, num_rows: int) -> None:
         (4096, 14336, "residual"),
         (128256, 2048, "norm"),
     ]:
-        check_fusion(dtype, num_rows, num_out, num_in, fused, tolerance=tolerance)
+        check_fusion(dtype, num_rows, num_out, num_in, fused, tolerance=tolerance, config=config)
 
 
 @pytest.mark.gpu
-def test_chain_of_early_launches() -> None:
+@pytest.mark.parametrize(
+    ("wide", "split"),
+    [
+        (None, None),
+        (GemmConfig(64, 128, 4, 4), GemmConfig(64, 128, 4, 4, splits=8)),
+        (GemmConfig(128, 64, 4, 4, early=True), GemmConfig(64, 64, 4, 4, splits=6, early=True)),
+    ],
+    ids=str,
+)
+def test_chain_of_early_launches(wide: GemmConfig | None, split: GemmConfig | None) -> None:
     """Layers in a row, each started while the one before runs, give what they give one by one."""
     width, inner, num_layers = 2048, 4096, 8
     weights = [
@@ -359,8 +442,8 @@ def test_chain_of_early_launches() -> None:
 
     def chain(x: Tensor, *, one_by_one: bool) -> Tensor:
         for up, down in weights:
-            inner_x = linear(x, up, norm=norm, swiglu=True, launch_pdl=not one_by_one)
-            x = linear(inner_x, down, residual=x, launch_pdl=not one_by_one)
+            inner_x = linear(x, up, norm=norm, swiglu=True, config=wide, launch_pdl=not one_by_one)
+            x = linear(inner_x, down, residual=x, config=split, launch_pdl=not one_by_one)
             if one_by_one:
                 torch.cuda.synchronize()
         return x

@@ -77,6 +77,27 @@ def test_chunks_equal_the_whole(name: str) -> None:
     assert_close(torch.cat(parts), problem.expected(0, 0, length))
 
 
+@pytest.mark.parametrize("score_pass", [False, True])
+@pytest.mark.parametrize("name", GPU_SPECS)
+def test_both_ways_to_score_blocks(
+    name: str, score_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also of rows whose blocks are all selected, and where scores are all that is wanted."""
+    monkeypatch.setattr(gpu_plan, "prefers_score_pass", lambda group_size, spec: score_pass)
+    spec = GPU_SPECS[name]
+    length = (spec.num_selected_blocks + 3) * spec.block_size + 5
+    problem = make(spec, [length, 40], heads=1, group=2)
+    start = length - 2 * spec.block_size - 1
+    fill(problem, 0, start)
+    outputs = problem.run([start, 0], [length - start, 40])
+    assert_close(outputs[0], problem.expected(0, start, length))
+    assert_close(outputs[1], problem.expected(1, 0, 40))
+    gates, branches = (0.0, 1.0, 0.0), Branches(cmp=False, slc=True, swa=False)
+    outputs = problem.run([start], [length - start], rows=[0], branches=branches, gates=gates)
+    full = torch.tensor(gates).expand(length - start, 2, 3)
+    assert_close(outputs[0], problem.expected(0, start, length, full))
+
+
 @pytest.mark.parametrize("name", ["paper", "fla"])
 def test_decode_crosses_every_boundary(name: str) -> None:
     spec = GPU_SPECS[name]
@@ -287,19 +308,30 @@ def test_geometry_without_kernels_is_refused() -> None:
         )
 
 
-def test_score_workspace_stays_under_its_bound() -> None:
+@pytest.mark.parametrize("score_pass", [False, True])
+def test_score_workspace_stays_under_its_bound(score_pass: bool) -> None:
     spec = NSASpec()
-    pages = list(range(1, 513))
-    meta = build_metadata([pages], [16384], [16384], spec)
+    num_tokens = 1 << (17 if score_pass else 14)
+    pages = list(range(1, 257 + num_tokens // 64))
+    meta = build_metadata([pages], [16384], [num_tokens], spec)
     plan = plan_attention(
-        meta, spec, num_q_heads=64, num_kv_heads=4, dtype=torch.bfloat16, device=DEVICE
+        meta,
+        spec,
+        num_q_heads=64,
+        num_kv_heads=4,
+        dtype=torch.bfloat16,
+        device=DEVICE,
+        score_pass=score_pass,
     )
     assert plan.prefill is not None
     chunks = plan.prefill.score_chunks
     assert [c.first_token for c in chunks[1:]] == [
         c.first_token + c.num_tokens for c in chunks[:-1]
     ]
-    assert chunks[-1].first_token + chunks[-1].num_tokens == 16384
+    assert chunks[-1].first_token + chunks[-1].num_tokens == num_tokens
+    assert len(chunks) > 1
+    # 64 entries are 16 blocks: of each KV head, with as many spills, 4 bytes each; or of each query
+    # head, 2 bytes each, the spill and the maximum of 4 bytes each.
+    tile_bytes = 4 * 16 * (4 + 4) if score_pass else 64 * (16 * 2 + 8)
     for chunk in chunks:
-        # 64 entries are 16 blocks of 2 bytes, the spill and the maximum of 4 bytes each.
-        assert chunk.num_tokens * 64 * chunk.num_score_tiles * (16 * 2 + 8) <= WORKSPACE_BYTES
+        assert chunk.num_tokens * chunk.num_score_tiles * tile_bytes <= WORKSPACE_BYTES

@@ -284,6 +284,14 @@ def test_output_and_scores_alone() -> None:
     only_scores = problem.run(with_output=False)
     assert only_scores.o_cmp is None
     check(problem, only_scores)
+    check(problem, problem.run(with_output=False, with_scores=False))
+
+
+@pytest.mark.parametrize("block_n", [16, 128])
+def test_tiles_of_other_sizes_without_scores(block_n: int) -> None:
+    for starts, lens in ([[1100, 0], [40, 31]], [[2047], [9]]):
+        problem = make_problem(PAPER, starts, lens)
+        check(problem, problem.run(with_scores=False, block_n=block_n))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -336,6 +344,10 @@ def test_the_log_sum_exp_alone() -> None:
 
 def test_bad_arguments_say_what_was_expected() -> None:
     problem = make_problem(PAPER, [0], [40])
+    with pytest.raises(ValueError, match=r"multiple of a page's 4 entries.* got 30"):
+        problem.run(with_scores=False, block_n=30)
+    with pytest.raises(ValueError, match="None with scores; got 64"):
+        problem.run(block_n=64)
     problem.softmax_scale = 0.0
     with pytest.raises(ValueError, match=r"softmax_scale must be positive, got 0\.0"):
         problem.run()

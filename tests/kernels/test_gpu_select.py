@@ -85,12 +85,20 @@ def make_scores(
 
 
 def expected_blocks(
-    ungrouped: Tensor, positions: Tensor, spec: NSASpec, num_kv_heads: int
+    scores: Tensor,
+    positions: Tensor,
+    spec: NSASpec,
+    num_kv_heads: int,
+    *,
+    is_grouped: bool = False,
 ) -> Tensor:
-    """Select by the specification: [R, H, S], ascending, -1 at the end."""
-    grouped = ungrouped.unflatten(1, (num_kv_heads, -1)).sum(2)
+    """Select by the specification: [R, H, S], ascending, -1 at the end.
+
+    scores: [R, HQ, ..] of windows for max pooling, else of blocks; or is_grouped, [R, H, blocks].
+    """
+    grouped = scores if is_grouped else scores.unflatten(1, (num_kv_heads, -1)).sum(2)
     num_blocks = int(positions.max()) // spec.block_size + 1
-    if spec.score_map == "max_pool":
+    if spec.score_map == "max_pool" and not is_grouped:
         grouped = reference._max_pool(grouped, num_blocks, spec)
     return reference.select_blocks(grouped[..., :num_blocks], positions.clamp(min=0), spec)
 

@@ -18,10 +18,12 @@ from nsa_kernels.gpu.lse import decode_lse, file_coarse_keys
 from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, ScoreChunk, has_fp8
 from nsa_kernels.gpu.prefill_cmp import CmpScores, prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
+from nsa_kernels.gpu.prefill_scores import prefill_scores
 from nsa_kernels.gpu.prefill_short import prefill_short
 from nsa_kernels.gpu.prefill_slc import prefill_slc, sub_chunk_tokens
 from nsa_kernels.gpu.prefill_swa import prefill_swa
 from nsa_kernels.gpu.select import select_blocks
+from nsa_kernels.gpu.select_groups import select_group_blocks
 from nsa_kernels.metadata import BranchKV, LayerCache
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
@@ -367,18 +369,36 @@ def _prefill_cmp(
             _select_all(plan.positions[tokens], spec, blocks)
         if not (selects or branches.cmp):
             continue
-        scores = run(cache, chunk, spec, output=branches.cmp, scores=selects)
-        if block_indices is not None and selects:
-            if cache.k_lse is not None:
-                coarse = replace(cache, k_cmp=cache.k_lse, v_cmp=cache.k_lse)
-                lse2 = run(coarse, chunk, spec.coarse, output=False, scores=False).lse2
-                scores = replace(scores, lse2=lse2)
-            select_blocks(
-                scores,
-                plan.positions[tokens],
+        with_scores = selects and not prefill.score_pass
+        attended = run(cache, chunk, spec, output=branches.cmp, scores=with_scores)
+        if block_indices is None or not selects:
+            continue
+        mine = block_indices[tokens.start - first : tokens.stop - first]
+        if cache.k_lse is not None:
+            coarse = replace(cache, k_cmp=cache.k_lse, v_cmp=cache.k_lse)
+            lse2 = run(coarse, chunk, spec.coarse, output=False, scores=False).lse2
+            attended = replace(attended, lse2=lse2)
+        if prefill.score_pass:
+            scores = prefill_scores(
+                q,
+                cache,
+                attended.lse2,
+                prefill.tile_rows[chunk.tiles],
+                prefill.tile_starts[chunk.tiles],
+                plan.cu_seqlens_q,
+                plan.seq_lens,
+                plan.page_table,
                 spec,
-                num_kv_heads=cache.k.shape[1],
-                out=block_indices[tokens.start - first : tokens.stop - first],
+                softmax_scale=softmax_scale,
+                first_token=chunk.first_token,
+                num_tokens=chunk.num_tokens,
+                num_score_tiles=chunk.num_score_tiles,
+                check=plan.check_bounds,
+            )
+            select_group_blocks(scores, plan.positions[tokens], spec, out=mine)
+        else:
+            select_blocks(
+                attended, plan.positions[tokens], spec, num_kv_heads=cache.k.shape[1], out=mine
             )
     return o_cmp, block_indices
 

@@ -51,12 +51,22 @@ def score_unit_dtype(dtype: torch.dtype) -> torch.dtype:
 def score_bytes_per_token(
     num_q_heads: int, num_score_tiles: int, dtype: torch.dtype, spec: NSASpec
 ) -> int:
-    """Bytes of score workspace (units, spill, tile maximum) that one prefill token needs."""
+    """Bytes of score workspace (units, spill, tile maximum) that `prefill_cmp` needs a token."""
     tile_entries = score_tile_entries(spec.cmp_entries_per_page)
     units = tile_entries
     if spec.score_map == "overlap":
         units //= spec.cmp_entries_per_page
     return num_q_heads * num_score_tiles * (units * score_unit_dtype(dtype).itemsize + 8)
+
+
+def group_score_bytes_per_token(num_kv_heads: int, num_score_tiles: int, spec: NSASpec) -> int:
+    """Bytes of score workspace (units, spill) that `prefill_scores` needs a token."""
+    tile_entries = score_tile_entries(spec.cmp_entries_per_page)
+    if spec.score_map == "max_pool":
+        return num_kv_heads * num_score_tiles * tile_entries * 4
+    has_spill = spec.strides_per_window > 1
+    num_blocks = num_score_tiles * tile_entries // spec.cmp_entries_per_page
+    return num_kv_heads * num_blocks * (8 if has_spill else 4)
 
 
 def check_geometry(spec: NSASpec) -> None:

@@ -57,13 +57,11 @@ def gemv_config(num_rows: int, num_out: int, num_in: int) -> GemvConfig | None:
     They are, on an H200, from two rows on, and where a row of W takes long enough to hide their
     latency.
     """
-    if num_rows > 1 or num_in > 2048:
+    if num_rows > 1 or num_in > 4096 or num_out > 32768 or num_in % (4 * LANES_K):
         return None
-    if num_out <= 4096 and num_in % (4 * LANES_K) == 0:
-        return GemvConfig(pairs=1, unroll=4, num_warps=1)
-    if num_out <= 32768 and num_in % (2 * LANES_K) == 0:
-        return GemvConfig(pairs=8, unroll=2, num_warps=4, early=False)
-    return None
+    # Where there are several waves of programs, or x comes from a kernel that reads as much, the
+    # first weights are better not asked for early.
+    return GemvConfig(pairs=1, unroll=4, num_warps=1, early=num_in < num_out <= 4096)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_rotated"])

@@ -22,7 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
+from nsa_kernels.gpu.gemm import GemmConfig, can_gemm, gemm_config, launch_gemm
 from nsa_kernels.gpu.gemv import GemvConfig, can_gemv, gemv_config, launch_gemv
+from nsa_kernels.gpu.linear_tile import _finish_tile, _load_rotary, _tile_rows
 from nsa_kernels.gpu.plan import has_dependent_launch
 from nsa_kernels.gpu.pointwise import apply_rotary_, rms_norm
 from nsa_kernels.gpu.pointwise import swiglu as swiglu_rows
@@ -92,7 +94,7 @@ def linear(
     rotary: Rotary | None = None,
     out_dtype: torch.dtype | None = None,
     out: Tensor | None = None,
-    config: SkinnyConfig | GemvConfig | None = None,
+    config: SkinnyConfig | GemvConfig | GemmConfig | None = None,
     launch_pdl: bool | None = None,
 ) -> Tensor:
     """Return x @ weight^T + bias, [M, N], of x [M, K] and weight [N, K], for any M.
@@ -101,13 +103,13 @@ def linear(
     result silu(gate) * up, [M, I]. rotary: applied to the first outputs. residual: [M, N], added
     last. out_dtype: of the result, else that of x. out: where to write it, contiguous; it may be
     the residual itself, which saves a copy.
-    Sums, bias, residual and rotation are fp32 and rounded once where the skinny kernel runs
+    Sums, bias, residual and rotation are fp32 and rounded once where one of our kernels runs
     (M <= MAX_SKINNY_ROWS); PyTorch rounds in between.
     There a row's result is bit-equal whatever the other rows are and for every M of one class:
-    1, 2 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `skinny_config` finds the
-    matrix library faster (large weights of more than 16 rows), it is what that makes of it.
+    1, 2 to 8, 9 to 16, 17 to 32, 33 to 64. Above, and where `choose_config` finds the
+    matrix library faster (some weights of more than 16 rows), it is what that makes of it.
 
-    config, launch_pdl: for measuring; None: by table, and wherever the device can. With dependent
+    config, launch_pdl: for measuring; None: `choose_config` and `starts_early`. With dependent
     launch, weight, bias, norm weight and rotary tables must not be written by a kernel that may
     still be running.
 
@@ -122,28 +124,56 @@ def linear(
     if num_rows == 0:
         return torch.empty((0, num_out), dtype=dtype, device=x.device) if out is None else out
     if config is None:
-        sizes = (num_rows, weight.shape[0], weight.shape[1], x.dtype)
-        is_dense = weight.is_contiguous() and x.stride(1) == 1
-        if is_dense and can_gemv(*sizes):
-            config = gemv_config(*sizes[:3])
-        if config is None and is_dense and num_rows <= MAX_SKINNY_ROWS:
-            config = skinny_config(*sizes)
+        if weight.is_contiguous() and x.stride(1) == 1:
+            config = choose_config(num_rows, weight.shape[0], weight.shape[1], x.dtype)
         if config is None:
             return linear_by_torch(x, weight, bias, norm, residual, swiglu, rotary, dtype, out)
     if out is None:
         out = torch.empty((num_rows, num_out), dtype=dtype, device=x.device)
     if launch_pdl is None:
-        launch_pdl = _can_launch_early(x.device)
+        launch_pdl = starts_early(num_rows, weight) and _can_launch_early(x.device)
     if isinstance(config, GemvConfig):
         launch_gemv(
             x, weight, bias, norm, residual, swiglu, rotary, out,
             config=config, launch_pdl=launch_pdl,
         )  # fmt: skip
         return out
+    if isinstance(config, GemmConfig):
+        x = x if norm is None else rms_norm(x, *norm)
+        launch_gemm(
+            x, weight, bias, residual, swiglu, rotary, out, config=config, launch_pdl=launch_pdl
+        )
+        return out
     if norm is not None and (not config.fold_norm or config.splits > 1):
         x, norm = rms_norm(x, *norm), None
     _launch(x, weight, bias, norm, residual, swiglu, rotary, out, config, launch_pdl)
     return out
+
+
+def choose_config(
+    num_rows: int, num_out: int, num_in: int, dtype: torch.dtype
+) -> SkinnyConfig | GemvConfig | GemmConfig | None:
+    """The fastest kernel for M rows and a [num_out, num_in] weight; None for the matrix library.
+
+    Measured on an H200 with `kernels/bench/linear.py --tune2`, layers of 1B and 8B models.
+    """
+    config: SkinnyConfig | GemvConfig | GemmConfig | None = None
+    if can_gemv(num_rows, num_out, num_in, dtype):
+        config = gemv_config(num_rows, num_out, num_in)
+    if config is None and can_gemm(num_rows, dtype):
+        config = gemm_config(num_rows, num_out, num_in)
+    if config is None and num_rows <= MAX_SKINNY_ROWS:
+        config = skinny_config(num_rows, num_out, num_in, dtype)
+    return config
+
+
+def starts_early(num_rows: int, weight: Tensor) -> bool:
+    """Whether a linear layer starts before the kernel in front of it has ended.
+
+    It then takes registers and shared memory from that one: between four linears of a layer that
+    is faster only where both sides of the matrices are large, and rows share them (H200).
+    """
+    return num_rows > 1 and min(weight.shape) >= 4096
 
 
 def row_class(num_rows: int) -> int:
@@ -391,48 +421,6 @@ def _ask_for_l2(addresses, num_bytes):
     )
 
 
-@triton.jit
-def _tile_rows(
-    pid,
-    num_out,
-    num_heads,
-    HALF_DIM: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Return a program's rows of W, [BLOCK_N], which of them exist, and whether it rotates.
-
-    Where two outputs belong together, gate and up or the halves of a head, the first of each pair
-    are in the first half of the tile and the second in the second.
-    """
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    offs = tl.arange(0, BLOCK_N)
-    is_rotated = False
-    if SWIGLU:
-        rows = pid * HALF_N + offs % HALF_N
-        exists = rows < num_out // 2
-        rows += offs // HALF_N * (num_out // 2)
-    elif HALF_DIM > 0:
-        TILES: tl.constexpr = (HALF_DIM + HALF_N - 1) // HALF_N
-        is_rotated = pid < num_heads * TILES
-        in_half = pid % TILES * HALF_N + offs % HALF_N
-        rotated = pid // TILES * (2 * HALF_DIM) + in_half + offs // HALF_N * HALF_DIM
-        plain = num_heads * (2 * HALF_DIM) + (pid - num_heads * TILES) * BLOCK_N + offs
-        rows = tl.where(is_rotated, rotated, plain)
-        exists = tl.where(is_rotated, in_half < HALF_DIM, plain < num_out)
-    else:
-        rows = pid * BLOCK_N + offs
-        exists = rows < num_out
-    return rows, exists, is_rotated
-
-
-@triton.jit
-def _split_pairs(tile):
-    """[2 * n, ...] -> two of [n, ...]; `tile` is [BLOCK_N, BLOCK_M]."""
-    HALF_N: tl.constexpr = tile.shape[0] // 2
-    return tl.split(tl.permute(tl.reshape(tile, [2, HALF_N, tile.shape[1]]), (1, 2, 0)))
-
-
 @triton.jit(do_not_specialize=["num_rows", "num_out", "num_heads"])
 def _skinny_kernel(
     x_ptr,
@@ -588,68 +576,3 @@ def _tile_of_split(partials_ptr, split, BLOCK_N: tl.constexpr, BLOCK_M: tl.const
     tile = (split * tl.num_programs(0) + tl.program_id(0)).to(tl.int64)
     offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
     return partials_ptr + tile * (BLOCK_N * BLOCK_M) + offs
-
-
-@triton.jit
-def _load_rotary(
-    rows,
-    is_rotated,
-    cos_ptr,
-    sin_ptr,
-    positions_ptr,
-    stride_table,
-    num_rows,
-    HALF_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Load the cosines and sines of a tile, [BLOCK_N, BLOCK_M] fp32; 0 where nothing rotates."""
-    offs_m = tl.arange(0, BLOCK_M)
-    mask = is_rotated[:, None] & (offs_m < num_rows)[None, :]
-    # As many loads as outputs: a row's position is then where its cosine is wanted.
-    position_ptrs = positions_ptr + offs_m[None, :] + tl.zeros(rows.shape, tl.int32)[:, None]
-    position = tl.load(position_ptrs, mask=mask, other=0).to(tl.int64)
-    at = position * stride_table + (rows % (2 * HALF_DIM))[:, None]
-    cos = tl.load(cos_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    return cos, tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _finish_tile(
-    y,
-    rows,
-    exists,
-    is_rotated,
-    cos,
-    sin,
-    bias_ptr,
-    residual_ptr,
-    out_ptr,
-    stride_residual,
-    num_rows,
-    num_out,
-    HALF_DIM: tl.constexpr,
-    SWIGLU: tl.constexpr,
-):
-    """Store a tile of products, [BLOCK_N, BLOCK_M] fp32, with what comes after them."""
-    HALF_N: tl.constexpr = y.shape[0] // 2
-    offs_m = tl.arange(0, y.shape[1]).to(tl.int64)
-    width = num_out
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + rows, mask=exists, other=0.0).to(tl.float32)[:, None]
-    if SWIGLU:
-        gate, up = _split_pairs(y)
-        y = gate / (1.0 + tl.exp(-gate)) * up
-        width = num_out // 2
-        rows = tl.program_id(0) * HALF_N + tl.arange(0, HALF_N)
-        exists = rows < width
-    elif HALF_DIM > 0:
-        # The second half of the tile holds the partners of the first.
-        low, high = _split_pairs(y)
-        partner = tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), y.shape)
-        y = tl.where(is_rotated, y * cos + partner * sin, y)
-    mask = exists[:, None] & (offs_m < num_rows)[None, :]
-    if residual_ptr is not None:
-        at = offs_m[None, :] * stride_residual + rows[:, None]
-        y += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    out_ptrs = out_ptr + offs_m[None, :] * width + rows[:, None]
-    tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)

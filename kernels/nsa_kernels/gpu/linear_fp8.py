@@ -18,11 +18,9 @@ from nsa_kernels.gpu.linear import (
     MAX_SKINNY_ROWS,
     Rotary,
     _ask_for_l2,
-    _finish_tile,
-    _load_rotary,
-    _tile_rows,
     row_class,
 )
+from nsa_kernels.gpu.linear_tile import _finish_tile, _load_rotary, _tile_rows
 from nsa_kernels.gpu.plan import has_dependent_launch
 from nsa_kernels.gpu.pointwise import apply_rotary_
 from nsa_kernels.gpu.pointwise import swiglu as swiglu_rows

@@ -14,10 +14,12 @@ from torch import Tensor
 from nsa_kernels.gpu.common import (
     WORKSPACE_BYTES,
     check_geometry,
+    group_score_bytes_per_token,
     prefill_block_q,
     score_bytes_per_token,
     score_tile_entries,
 )
+from nsa_kernels.gpu.prefill_scores import prefers_score_pass
 from nsa_kernels.gpu.prefill_short import short_context
 from nsa_kernels.metadata import AttnMetadata
 from nsa_kernels.spec import NSASpec
@@ -50,6 +52,7 @@ class PrefillPlan:
     up to its end. lse_window_rows, lse_window_ends: the same of the coarse windows.
     cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
     is_short: contexts are so short that attending to all of them with a mask is faster.
+    score_pass: block scores are computed after compression attention (`prefill_scores`), not in it.
     """
 
     first_token: int
@@ -63,6 +66,7 @@ class PrefillPlan:
     num_blocks: int
     score_chunks: list[ScoreChunk]
     is_short: bool
+    score_pass: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +109,15 @@ def plan_attention(
     device: torch.device,
     branches: Branches | None = None,
     check_bounds: bool = False,
+    score_pass: bool | None = None,
 ) -> GpuPlan:
-    """Plan one step; see `ops.plan_attention`. One copy to the device, no synchronisation."""
+    """Plan one step; see `ops.plan_attention`. One copy to the device, no synchronisation.
+
+    score_pass: how prefill scores blocks, see `PrefillPlan`; None: `prefers_score_pass`.
+    """
     check_geometry(spec)
+    if score_pass is None:
+        score_pass = prefers_score_pass(num_q_heads // num_kv_heads, spec)
     cu_seqlens = meta.cu_seqlens_q.numpy()
     num_rows, num_decode_rows = len(meta.seq_lens), meta.num_decode_rows
     token_rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(cu_seqlens))
@@ -135,7 +145,12 @@ def plan_attention(
         )
         num_blocks = -(-meta.seq_lens.numpy() // spec.block_size)
         host["cu_blocks"] = np.concatenate(([0], np.cumsum(num_blocks)))
-        score_chunks = _score_chunks(meta, tiles[1], num_q_heads, dtype, spec)
+        cost = (
+            group_score_bytes_per_token(num_kv_heads, 1, spec)
+            if score_pass
+            else score_bytes_per_token(num_q_heads, 1, dtype, spec)
+        )
+        score_chunks = _score_chunks(meta, tiles[1], cost, spec)
         is_dense = all(chunk.is_dense for chunk in score_chunks)
     sent = _send(host, device)
     prefill = None
@@ -153,6 +168,7 @@ def plan_attention(
             score_chunks=score_chunks,
             is_short=is_dense
             or float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
+            score_pass=score_pass,
         )
     return GpuPlan(
         branches=branches or Branches(),
@@ -271,18 +287,19 @@ def _closing_windows(
 def _score_chunks(
     meta: AttnMetadata,
     tile_starts: npt.NDArray[np.integer],
-    num_q_heads: int,
-    dtype: torch.dtype,
+    cost: int,
     spec: NSASpec,
 ) -> list[ScoreChunk]:
-    """Cut the tiles so that each chunk's score workspace stays under its bound."""
+    """Cut the tiles so that each chunk's score workspace stays under its bound.
+
+    cost: bytes that a token needs for each score tile it sees.
+    """
     positions = meta.positions.numpy()
     ends = np.append(tile_starts[1:], len(positions))
     tile_entries = score_tile_entries(spec.cmp_entries_per_page)
     # Positions grow inside a tile, so its last token sees most.
     visible = (positions[ends - 1] + 1) // spec.cmp_stride
     score_tiles = np.maximum(-(-visible // tile_entries), 1)
-    cost = score_bytes_per_token(num_q_heads, 1, dtype, spec)
     is_dense = positions[ends - 1] + 1 < spec.dense_len
     chunks: list[ScoreChunk] = []
     first = 0

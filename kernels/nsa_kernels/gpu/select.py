@@ -8,6 +8,8 @@ Scores become int32 keys, their bits (never negative, so they order like the sco
 is no candidate. Constants, keys and the max-pooled scores are for decode too, whose top-n is
 another one (`decode_select`).
 
+Scores that are sums already have a selection of their own (`select_groups`).
+
 Prefill wants throughput, a warp for a row. Key and block make one 64-bit number, so that no two are
 equal and ties need no care; the largest is taken n times. The reductions are of tensors as they are
 computed: over a reshaped one, in a single warp, Triton 3.6.0 was seen to leave a lane bit out.
@@ -269,7 +271,7 @@ def max_pool_scores(
 
 
 @triton.jit
-def _values(keys, block):
+def values_of(keys, block):
     """One number for a key and its block, ordered by key, then by the lower block; -1 for none."""
     value = (keys.to(tl.int64) << 32) | (block ^ MAX_INT).to(tl.int64)
     return tl.where(keys >= 0, value, -1)
@@ -291,7 +293,7 @@ def _keep_top(values, target_ptr, COUNT: tl.constexpr, AS_BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def _pick(
+def pick_values(
     values,
     end,
     num_blocks,
@@ -332,10 +334,23 @@ def block_keys(
     """Keys and numbers of the blocks of a chunk, from their scores [TILES, TILE_BLOCKS]."""
     TILES: tl.constexpr = scores.shape[0]
     TILE_BLOCKS: tl.constexpr = scores.shape[1]
-    # The maximum also makes NaN 0, whose bits might be a negative key.
-    keys = tl.maximum(scores, 0.0).to(tl.int32, bitcast=True)
     block = tl.arange(0, TILES)[:, None] * TILE_BLOCKS + tl.arange(0, TILE_BLOCKS)[None, :]
     block += chunk * (TILES * TILE_BLOCKS)
+    return score_keys(scores, block, num_blocks, NUM_INIT, NUM_LOCAL, LEGACY), block
+
+
+@triton.jit
+def score_keys(
+    scores,
+    block,
+    num_blocks,
+    NUM_INIT: tl.constexpr,
+    NUM_LOCAL: tl.constexpr,
+    LEGACY: tl.constexpr,
+):
+    """Keys of the blocks numbered `block` from their scores, both of one shape."""
+    # The maximum also makes NaN 0, whose bits might be a negative key.
+    keys = tl.maximum(scores, 0.0).to(tl.int32, bitcast=True)
     if LEGACY:
         is_free = (block >= NUM_INIT) & (block < num_blocks - NUM_LOCAL)
         keys = tl.where(is_free, keys, FORCED_KEY)
@@ -345,7 +360,7 @@ def block_keys(
         num_free = num_blocks - (NUM_INIT + NUM_LOCAL)
         is_free = (block - NUM_INIT).to(tl.uint32, bitcast=True) < num_free.to(tl.uint32)
         keys = tl.where(is_free, keys, -1)
-    return keys, block
+    return keys
 
 
 @triton.jit
@@ -381,11 +396,11 @@ def _chunk_values(
         GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, MAX_POOL,
     )  # fmt: skip
     keys, block = block_keys(scores, chunk, num_blocks, NUM_INIT, NUM_LOCAL, LEGACY)
-    return _values(keys, block)
+    return values_of(keys, block)
 
 
 @triton.jit
-def _merged_values(
+def merged_values(
     candidates_ptr,
     num_chunks,
     MAX_CHUNKS: tl.constexpr,
@@ -399,7 +414,7 @@ def _merged_values(
 
 
 @triton.jit
-def _store_forced(
+def store_forced(
     num_blocks,
     indices_ptr,
     NUM_SELECTED: tl.constexpr,
@@ -478,20 +493,20 @@ def select_row(
                     GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
                     BLOCK_SIZE, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
                 )  # fmt: skip
-                _pick(
+                pick_values(
                     part, (chunk + 1) * (TILES * TILE_BLOCKS), num_blocks,
                     candidates_ptr + chunk * BLOCK_S,
                     NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=False,
                 )  # fmt: skip
             # Other threads read what these wrote.
             tl.debug_barrier()
-            values = _merged_values(candidates_ptr, num_chunks, MAX_CHUNKS, BLOCK_S, NUM_PICKED)
-        _pick(
+            values = merged_values(candidates_ptr, num_chunks, MAX_CHUNKS, BLOCK_S, NUM_PICKED)
+        pick_values(
             values, num_blocks, num_blocks, indices_ptr,
             NUM_SELECTED, NUM_FORCED, LEGACY, AS_BLOCKS=True,
         )  # fmt: skip
         if not LEGACY:
-            _store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
+            store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
         if WIDTH > NUM_SELECTED:
             rest = tl.arange(0, BLOCK_W)
             tl.store(indices_ptr + rest, -1, mask=(rest >= NUM_SELECTED) & (rest < WIDTH))
