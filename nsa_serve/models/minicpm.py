@@ -139,7 +139,7 @@ def _infllm(sparse: Mapping[str, Any]) -> NSAConfig:
         cmp_len=values["kernel_size"],
         cmp_stride=values["kernel_stride"],
         block_size=block_size,
-        # The published code adds the local blocks; its first version did not.
+        # The last published code adds the local blocks. Older code may not, and no file tells.
         num_selected_blocks=values["topk"]
         + (0 if values["topk_includes_local"] else num_local_blocks),
         num_init_blocks=values["init_blocks"],

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.linear import can_launch_early
 from nsa_kernels.gpu.moe_decode import MAX_FEW_ROWS, experts_of_few, sum_experts
 from nsa_kernels.gpu.moe_prefill import experts_by_torch, experts_of_many
 from nsa_kernels.gpu.moe_route import route_few, route_many, sort_pairs
@@ -48,14 +47,14 @@ def route(
     *,
     counters: Tensor,
     row_lens: Tensor | None = None,
-    launch_pdl: bool | None = None,
+    launch_pdl: bool = False,
 ) -> Routing:
     """Normalise rows and choose the experts of each; see `moe_reference.route`.
 
     x: [T, hidden]. norm: (weight [hidden], eps), an RMSNorm. router: [E, hidden]. counters: of
     `make_counters`, not used by two calls at once. row_lens: [T] int32, 0 for a padding row: it
     takes no expert, where there are at most MAX_FEW_ROWS rows.
-    launch_pdl: None: wherever the device can.
+    launch_pdl: of few rows: start before the kernel in front has ended, on devices that can.
 
     Raises ValueError when shapes or dtypes do not fit.
     """
@@ -83,7 +82,7 @@ def route(
         num_experts_per_token,
         counters=counters,
         row_lens=row_lens,
-        launch_pdl=can_launch_early(x.device) if launch_pdl is None else launch_pdl,
+        launch_pdl=launch_pdl,
     )
     return Routing(*found)
 
@@ -96,13 +95,13 @@ def routed_experts(
     residual: Tensor,
     out: Tensor | None = None,
     method: Method | None = None,
-    launch_pdl: bool | None = None,
+    launch_pdl: bool = False,
 ) -> Tensor:
     """Return residual + the weighted sum of each row's experts, [T, hidden].
 
     gate_up: [E, 2I, hidden], gate rows first; down: [E, hidden, I]; contiguous, in the dtype of the
     rows. residual: [T, hidden]. out: where to write it; it may be the residual.
-    method: of more than MAX_FEW_ROWS rows, for measuring; None: by table.
+    method, of many rows, and launch_pdl, of few: for measuring; None is Triton.
     Sums over a row's experts are in fp32, in their order, and without atomics.
 
     Raises ValueError when shapes or dtypes do not fit.
@@ -122,8 +121,6 @@ def routed_experts(
         raise ValueError(f"out must be contiguous and {(num_rows, hidden)}, got {out.shape}")
     if num_rows == 0:
         return out
-    if launch_pdl is None:
-        launch_pdl = can_launch_early(x.device)
     is_few = num_rows <= MAX_FEW_ROWS
     if is_few:
         parts = experts_of_few(x, ids, gate_up, down, launch_pdl=launch_pdl)

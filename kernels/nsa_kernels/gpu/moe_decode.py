@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS, _split_pairs, row_class
+from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS, row_class
 
 MAX_FEW_ROWS = MAX_SKINNY_ROWS
 
@@ -128,7 +128,7 @@ def _few_rows_kernel(
             acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
         y = tl.sum(acc, axis=0)
         if SWIGLU:
-            gate, up = _split_pairs(y)
+            gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF_N, BLOCK_M]), (1, 2, 0)))
             y = gate / (1.0 + tl.exp(-gate)) * up
             out_cols = tile * HALF_N + tl.arange(0, HALF_N)
         else:

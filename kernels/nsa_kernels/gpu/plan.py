@@ -19,7 +19,7 @@ from nsa_kernels.gpu.common import (
     score_bytes_per_token,
     score_tile_entries,
 )
-from nsa_kernels.gpu.prefill_scores import prefers_score_pass
+from nsa_kernels.gpu.prefill_scores import can_score_pass, prefers_score_pass
 from nsa_kernels.gpu.prefill_short import short_context
 from nsa_kernels.metadata import AttnMetadata
 from nsa_kernels.spec import NSASpec
@@ -113,11 +113,16 @@ def plan_attention(
 ) -> GpuPlan:
     """Plan one step; see `ops.plan_attention`. One copy to the device, no synchronisation.
 
-    score_pass: how prefill scores blocks, see `PrefillPlan`; None: `prefers_score_pass`.
+    score_pass: how prefill scores blocks, see `PrefillPlan`; None: `prefers_score_pass`. Raises
+    ValueError where it is True for a dialect that it cannot score.
     """
     check_geometry(spec)
     if score_pass is None:
-        score_pass = prefers_score_pass(num_q_heads // num_kv_heads, spec)
+        score_pass = can_score_pass(spec) and prefers_score_pass(
+            num_q_heads // num_kv_heads, spec
+        )
+    elif score_pass and not can_score_pass(spec):
+        raise ValueError("score_pass has no dense_len and no lse_len: leave it out, or pass False")
     cu_seqlens = meta.cu_seqlens_q.numpy()
     num_rows, num_decode_rows = len(meta.seq_lens), meta.num_decode_rows
     token_rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(cu_seqlens))

@@ -60,6 +60,15 @@ class ScoreTuning:
     max_registers: int | None = None
 
 
+def can_score_pass(spec: NSASpec) -> bool:
+    """Tell whether this pass and `select_group_blocks` have all that the dialect selects by.
+
+    They know no tables wider than the selection (`dense_len`), nor scores relative to other windows
+    (`lse_len`).
+    """
+    return not (spec.dense_len or spec.lse_len)
+
+
 def prefers_score_pass(group_size: int, spec: NSASpec) -> bool:
     """Tell whether this pass is expected to be faster than scores left behind by `prefill_cmp`.
 
@@ -68,9 +77,6 @@ def prefers_score_pass(group_size: int, spec: NSASpec) -> bool:
     entries. In small groups the sum leaves as many bytes to write as there were.
     """
     entries_per_unit = 1 if spec.score_map == "max_pool" else spec.cmp_entries_per_page
-    # Tables wider than the selection, and scores relative to other windows, are left to the other.
-    if spec.dense_len or spec.lse_len:
-        return False
     return group_size >= 4 * entries_per_unit
 
 
