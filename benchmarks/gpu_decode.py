@@ -1,6 +1,6 @@
 """Decode and prefill speed of the GPU engine, through LLM.generate: random weights, random prompts.
 
-    python benchmarks/gpu_decode.py [--model a|b] [--cells 2048x1 ...] [--out FILE]
+    python benchmarks/gpu_decode.py [--model a|b|moe] [--cells 2048x1 ...] [--out FILE]
                                     [--option quantization=fp8] [--tiny]
 
 A decode cell is a context and a number of rows. Its prompts are put into the prefix cache by a
@@ -8,6 +8,9 @@ first call; then ms a step = (time of 129 tokens - time of 1 token) / 128, greed
 the repeats. Beside it the median and the 99th percentile of the time between two calls of the
 engine's step that decode, in the same runs. Rows share nothing with one another; a row's prompt in
 a short context is the start of its prompt in a long one.
+
+The byte floor of a cell is what its step has to read at the memory's rate: weights (of experts,
+those that so many rows are expected to use) and cache; the weight floor is without the cache.
 
 Prefill is whole prompts that no cache knows and one token each: tokens/s of the whole call.
 
@@ -34,7 +37,14 @@ from gpu_common import (
     time_s,
     write_result,
 )
-from gpu_models import BYTES_PER_S, MODELS, BenchModel, step_weight_bytes, write_model
+from gpu_models import (
+    BYTES_PER_S,
+    MODELS,
+    BenchModel,
+    step_cache_bytes,
+    step_weight_bytes,
+    write_model,
+)
 
 from nsa_serve.config import EngineConfig, make_config
 from nsa_serve.engine import Engine
@@ -113,9 +123,16 @@ class DecodeBench:
         self.engine = TimedEngine(Engine(config))
         self.llm = LLM.from_engine(self.engine, load_tokenizer(config))
         self.info = self.engine.info
-        loaded = load_model_config(resolve_model(config))
-        self.floor_ms = step_weight_bytes(loaded, self.info.weight_bytes) / BYTES_PER_S * 1e3
+        self.loaded = load_model_config(resolve_model(config))
+        self.element_bytes = 1 if config.kv_cache_dtype == "fp8" else 2
         self._prompts: list[list[int]] = []
+
+    def floors_ms(self, context: int, num_rows: int) -> tuple[float, float]:
+        """Return the least ms of a step: by its weights, and by its weights and cache."""
+        weights = step_weight_bytes(self.loaded, self.info.weight_bytes, num_rows)
+        cache = step_cache_bytes(self.loaded, context, element_bytes=self.element_bytes)
+        scale = 1e3 / BYTES_PER_S
+        return weights * scale, (weights + num_rows * cache) * scale
 
     def prompts(self, context: int, num_rows: int, longest: int) -> list[list[int]]:
         """Return the prompts of a cell; of no row more than `longest` tokens will be asked."""
@@ -162,13 +179,16 @@ class DecodeBench:
             print(f"warning: {hits} of {context} prompt tokens were cached", flush=True)
         ms = (median(whole_s) - median(first_s)) / (num_tokens - 1) * 1e3
         gap_ms = [gap * 1e3 for gap in gaps_s]
+        weight_floor_ms, byte_floor_ms = self.floors_ms(context, num_rows)
         return {
             "context": context,
             "rows": num_rows,
             "num_sampled": num_sampled,
             "ms_per_step": ms,
             "tokens_per_s": num_rows / ms * 1e3,
-            "of_weight_floor": self.floor_ms / ms,
+            "of_weight_floor": weight_floor_ms / ms,
+            "byte_floor_ms": byte_floor_ms,
+            "of_byte_floor": byte_floor_ms / ms,
             "step_ms_p50": percentile(gap_ms, 50),
             "step_ms_p99": percentile(gap_ms, 99),
             "first_s": first_s,
@@ -239,8 +259,9 @@ def show(kind: str, row: dict[str, Any]) -> None:
         p50, p99 = (row[f"step_ms_{q}"] or 0.0 for q in ("p50", "p99"))
         print(
             f"{name}{extra}: {row['ms_per_step']:.3f} ms a step (p50 {p50:.3f}, p99 {p99:.3f}; "
-            f"bar {row['bar_ms']}), {row['of_weight_floor']:.0%} of the weight floor, filled in "
-            f"{row['fill_s']:.1f} s",
+            f"bar {row['bar_ms']}), {row['tokens_per_s']:,.0f} tokens/s, "
+            f"{row['of_weight_floor']:.0%} of the weight floor, {row['of_byte_floor']:.0%} of the "
+            f"byte floor ({row['byte_floor_ms']:.2f} ms), filled in {row['fill_s']:.1f} s",
             flush=True,
         )
 
@@ -278,7 +299,7 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
         "cache_bytes_per_token": sum(
             part.bytes_per_token for part in info.cache if part.max_tokens is None
         ),
-        "weight_floor_ms": bench.floor_ms,
+        "weight_floor_ms": bench.floors_ms(0, min(rows for _, rows in cells))[0],
         "repeats": options.repeats,
         "decode": [],
         "prefill": [],
@@ -332,7 +353,7 @@ def measure_prefill(
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=["a", "b"], default="a")
+    parser.add_argument("--model", choices=["a", "b", "moe"], default="a")
     parser.add_argument("--cells", nargs="+", type=parse_cell, help="such as 2048x1 64kx32")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--repeats", type=int, default=3)

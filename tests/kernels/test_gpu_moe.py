@@ -6,9 +6,14 @@ from torch import Tensor
 
 from nsa_kernels import moe_reference
 from nsa_kernels.gpu import moe
-from nsa_kernels.gpu.moe_decode import MAX_FEW_ROWS
+from nsa_kernels.gpu.moe_decode import MAX_FEW_ROWS, ExpertTile, experts_of_few
 from nsa_kernels.gpu.moe_route import sort_pairs
 from tests.kernels.gpu_util import DEVICE
+
+# Kernels may compute on memory that nobody wrote, and drop the result; numpy sees it in passing.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value) encountered:RuntimeWarning"
+)
 
 # Relative, of sums of a few hundred products in another order; bf16: activations, and parts of many
 # rows, are rounded in between. The interpreter truncates to bf16.
@@ -98,7 +103,8 @@ def test_routing(
 @pytest.mark.parametrize("rows", [3, 70])
 def test_equal_experts_go_by_their_number(rows: int) -> None:
     layer = Layer(32, 11, 8, torch.float32)
-    layer.router[1::2] = layer.router[0]
+    # Their products are equal in any order of summation.
+    layer.router[1::2] = 0.0
     x = randn(rows, 32, dtype=torch.float32)
     x[0] = 0.0
     routing = layer.route(x, 4)
@@ -134,7 +140,8 @@ def test_all_rows_choose_the_same_experts(rows: int) -> None:
     routing = layer.route(x, 3)
     actual = moe.routed_experts(routing, layer.gate_up, layer.down, residual=torch.zeros_like(x))
     assert_near(actual, layer.expected(routing, torch.zeros_like(x)), TOLERANCE[torch.float32])
-    assert torch.equal(actual, actual[:1].repeat(rows, 1))
+    if rows <= MAX_FEW_ROWS:
+        assert torch.equal(actual, actual[:1].repeat(rows, 1))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -179,7 +186,8 @@ def test_a_row_that_is_not_a_number_keeps_to_itself(rows: int) -> None:
     routing = layer.route(x, 3)
     assert (routing.expert_ids >= 0).all() and (routing.expert_ids < 12).all()
     actual = moe.routed_experts(routing, layer.gate_up, layer.down, residual=x)
-    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[2:], expected[2:])
+    others = torch.arange(rows) != 1
+    assert_near(actual[others], expected[others], TOLERANCE[torch.float32])
     assert actual[1].isnan().all()
 
 
@@ -194,6 +202,26 @@ def test_pairs_are_sorted_by_expert_and_keep_their_order(rows: int, top_k: int) 
     assert torch.equal(pairs.cpu().long(), expected)
     counts = ids.flatten().bincount(minlength=11)
     assert torch.equal(ends.cpu().long(), counts.cumsum(0))
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@DTYPES
+@pytest.mark.parametrize(("rows", "block_m"), [(1, 8), (7, 8), (20, 16)])
+def test_weights_as_the_wide_operand(dtype: torch.dtype, rows: int, block_m: int) -> None:
+    layer = Layer(72, 12, 24, dtype)
+    x = randn(rows, 72, dtype=dtype)
+    routing = layer.route(x, 3)
+    tile = ExpertTile(block_m, 64, 32, 4, 2, is_wide=True)
+    parts = experts_of_few(
+        routing.hidden,
+        routing.expert_ids,
+        layer.gate_up,
+        layer.down,
+        tiles=(tile, tile),
+        launch_pdl=False,
+    )
+    actual = (parts.view(rows, 3, 72) * routing.weights[..., None]).sum(1)
+    assert_near(actual, layer.expected(routing, torch.zeros_like(x)), TOLERANCE[dtype])
 
 
 def test_the_grouped_product_of_torch_gives_the_same() -> None:

@@ -1,4 +1,4 @@
-"""A mixture of experts on a GPU (DeepSeekMoE): routing, and the routed experts of any number of rows.
+"""A mixture of experts on a GPU (DeepSeekMoE): routing, and routed experts of any number of rows.
 
 Nothing waits for the device and all shapes follow from the number of rows, so a layer can be
 captured in a CUDA graph. Up to MAX_FEW_ROWS rows (`moe_decode.py`) each expert that is used has its

@@ -1,9 +1,9 @@
 """Experts of few rows, at the speed of reading each expert's weights once; the sum over experts.
 
 A program owns BLOCK_N rows of one expert's weight and all of K, and multiplies them with the rows
-of x that go to this expert; its warps share K as in `linear.py`. There is no list of an expert's
-rows in memory: a program finds them among the expert ids of all rows, which are a few hundred.
-Sums have a fixed order and no atomics: a row's result does not depend on the others.
+of x that go to this expert; its warps share K as in `linear.py`. Of up to 8 rows it finds them
+among all expert ids itself; of more it reads them from a list sorted by expert. Sums have a fixed
+order and no atomics: a row's result does not depend on the others.
 
 T rows, k experts a row, E experts of width I. A pair is a row and one of its experts, t * k + r.
 """
@@ -16,9 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS, row_class
+from nsa_kernels.gpu.moe_route import sort_pairs
 
 MAX_FEW_ROWS = MAX_SKINNY_ROWS
 
+# Rows up to which a program finds its own among all pairs.
+_UNSORTED_ROWS = 8
 # Elements that a program of the sum handles.
 _SUM_BLOCK = 1024
 
@@ -28,6 +31,8 @@ class ExpertTile:
     """Tile: block_n rows of a weight, num_warps slices of slice_k columns a step.
 
     block_m: rows of x at a time. Where more go to one expert, its weights are read again, from L2.
+    is_wide: the warps share rows of the weight instead, the wide operand of one matrix instruction,
+    and each step has slice_k columns in all.
     """
 
     block_m: int
@@ -35,6 +40,7 @@ class ExpertTile:
     slice_k: int
     num_warps: int
     num_stages: int
+    is_wide: bool = False
 
 
 def few_rows_class(num_rows: int) -> int:
@@ -47,7 +53,39 @@ def expert_tile(num_rows: int, dtype: torch.dtype) -> ExpertTile:
     block_m = 8 if few_rows_class(num_rows) <= 8 else 16
     if dtype == torch.float32:
         return ExpertTile(block_m, 16, 16, 4, 2)
-    return ExpertTile(block_m, 32, 64, 4, 4) if block_m == 8 else ExpertTile(16, 64, 64, 4, 3)
+    # As of linear layers of these sizes on an H200 (`linear.choose_config`).
+    if block_m == 8:
+        return ExpertTile(8, 32, 64, 4, 4)
+    return ExpertTile(16, 64, 128, 4, 4, is_wide=True)
+
+
+@triton.jit
+def _wide_product(
+    w_rows,
+    x_rows,
+    exists,
+    K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """[BLOCK_N, BLOCK_M] fp32: rows of a weight times rows of x, by their addresses."""
+    offs_k = tl.arange(0, BLOCK_K)
+    w_ptrs = w_rows[:, None] + offs_k[None, :]
+    x_ptrs = x_rows[None, :] + offs_k[:, None]
+    y = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for step in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+        at = step * BLOCK_K
+        if K % BLOCK_K == 0:
+            w = tl.load(w_ptrs + at)
+            x = tl.load(x_ptrs + at, mask=exists[None, :], other=0.0)
+        else:
+            inside = at + offs_k < K
+            w = tl.load(w_ptrs + at, mask=inside[None, :], other=0.0)
+            x = tl.load(x_ptrs + at, mask=exists[None, :] & inside[:, None], other=0.0)
+        y = tl.dot(w, x, y, input_precision="ieee")
+    return y
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
@@ -55,6 +93,8 @@ def _few_rows_kernel(
     x_ptr,
     weight_ptr,
     ids_ptr,
+    pairs_ptr,
+    ends_ptr,
     out_ptr,
     num_pairs,
     K: tl.constexpr,
@@ -62,17 +102,18 @@ def _few_rows_kernel(
     ROW_PAIRS: tl.constexpr,
     SWIGLU: tl.constexpr,
     PAIRS: tl.constexpr,
-    BY_EXPERT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SLICE_K: tl.constexpr,
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """out[pair] = weight[expert of pair] @ x[pair // ROW_PAIRS], with SwiGLU if asked.
 
-    Axis 1 of the grid: experts, or pairs, of which the first of each expert works for all.
+    Axis 1 of the grid: experts, with pairs_ptr and ends_ptr of `sort_pairs`; or pairs, of which the
+    first of each expert works for all.
     """
     HALF_N: tl.constexpr = BLOCK_N // 2
     BLOCK_K: tl.constexpr = SLICES * SLICE_K
@@ -80,18 +121,19 @@ def _few_rows_kernel(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    every = tl.arange(0, PAIRS)
-    if BY_EXPERT:
+    if pairs_ptr is not None:
         expert = slot
+        start = tl.load(ends_ptr + tl.maximum(slot - 1, 0))
+        start = tl.where(slot > 0, start, 0)
+        count = tl.load(ends_ptr + slot) - start
     else:
+        every = tl.arange(0, PAIRS)
         expert = tl.load(ids_ptr + slot)
-    ids = tl.load(ids_ptr + every, mask=every < num_pairs, other=-1)
-    is_mine = (ids == expert) & (ids >= 0)
-    if not BY_EXPERT:
-        first = tl.min(tl.where(is_mine, every, PAIRS), axis=0)
-        is_mine = is_mine & (first == slot)
-    rank = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
-    count = tl.sum(is_mine.to(tl.int32), axis=0)
+        ids = tl.load(ids_ptr + every, mask=every < num_pairs, other=-1)
+        is_mine = (ids == expert) & (expert >= 0)
+        is_first = tl.min(tl.where(is_mine, every, PAIRS), axis=0) == slot
+        rank = tl.cumsum(is_mine.to(tl.int32), axis=0) - 1
+        count = tl.where(is_first, tl.sum(is_mine.to(tl.int32), axis=0), 0)
 
     offs = tl.arange(0, BLOCK_N)
     if SWIGLU:
@@ -109,24 +151,30 @@ def _few_rows_kernel(
     w_ptrs = w_rows[None, :, None] + offs_k[:, None, :]
     offs_m = tl.arange(0, BLOCK_M)
     for first_m in range(0, count, BLOCK_M):
-        is_ranked = is_mine[:, None] & (rank[:, None] == first_m + offs_m[None, :])
-        pair = tl.sum(tl.where(is_ranked, every[:, None], 0), axis=0)
         exists = first_m + offs_m < count
+        if pairs_ptr is not None:
+            pair = tl.load(pairs_ptr + start + first_m + offs_m, mask=exists, other=0)
+        else:
+            is_ranked = is_mine[:, None] & (rank[:, None] == first_m + offs_m[None, :])
+            pair = tl.sum(tl.where(is_ranked, every[:, None], 0), axis=0)
         x_rows = x_ptr + (pair // ROW_PAIRS).to(tl.int64) * K
-        x_ptrs = x_rows[None, :, None] + offs_k[:, None, :]
-        mask_m = exists[None, :, None]
-        acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
-        for step in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
-            at = step * BLOCK_K
-            if K % BLOCK_K == 0:
-                w = tl.load(w_ptrs + at)
-                x = tl.load(x_ptrs + at, mask=mask_m, other=0.0)
-            else:
-                mask_k = (at + offs_k < K)[:, None, :]
-                w = tl.load(w_ptrs + at, mask=mask_k, other=0.0)
-                x = tl.load(x_ptrs + at, mask=mask_m & mask_k, other=0.0)
-            acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
-        y = tl.sum(acc, axis=0)
+        if WIDE:
+            y = _wide_product(w_rows, x_rows, exists, K, BLOCK_N, BLOCK_M, SLICE_K, STAGES)
+        else:
+            x_ptrs = x_rows[None, :, None] + offs_k[:, None, :]
+            mask_m = exists[None, :, None]
+            acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
+            for step in tl.range(0, (K + BLOCK_K - 1) // BLOCK_K, num_stages=STAGES):
+                at = step * BLOCK_K
+                if K % BLOCK_K == 0:
+                    w = tl.load(w_ptrs + at)
+                    x = tl.load(x_ptrs + at, mask=mask_m, other=0.0)
+                else:
+                    mask_k = (at + offs_k < K)[:, None, :]
+                    w = tl.load(w_ptrs + at, mask=mask_k, other=0.0)
+                    x = tl.load(x_ptrs + at, mask=mask_m & mask_k, other=0.0)
+                acc = tl.dot(w, tl.permute(x, (0, 2, 1)), acc, input_precision="ieee")
+            y = tl.sum(acc, axis=0)
         if SWIGLU:
             gate, up = tl.split(tl.permute(tl.reshape(y, [2, HALF_N, BLOCK_M]), (1, 2, 0)))
             y = gate / (1.0 + tl.exp(-gate)) * up
@@ -158,9 +206,11 @@ def experts_of_few(
         tiles = (expert_tile(num_rows, x.dtype),) * 2
     activations = torch.empty((num_pairs, width), dtype=x.dtype, device=x.device)
     parts = torch.empty((num_pairs, hidden), dtype=torch.float32, device=x.device)
-    pairs_a_row = expert_ids.shape[1]
-    _launch(x, gate_up, expert_ids, activations, pairs_a_row, True, tiles[0], launch_pdl)
-    _launch(activations, down, expert_ids, parts, 1, False, tiles[1], launch_pdl)
+    is_sorted = few_rows_class(num_rows) > _UNSORTED_ROWS
+    pairs = sort_pairs(expert_ids, len(down)) if is_sorted else None
+    row_pairs = expert_ids.shape[1]
+    _launch(x, gate_up, expert_ids, pairs, activations, row_pairs, True, tiles[0], launch_pdl)
+    _launch(activations, down, expert_ids, pairs, parts, 1, False, tiles[1], launch_pdl)
     return parts
 
 
@@ -168,6 +218,7 @@ def _launch(
     x: Tensor,
     weight: Tensor,
     expert_ids: Tensor,
+    sorted_pairs: tuple[Tensor, Tensor] | None,
     out: Tensor,
     row_pairs: int,
     swiglu: bool,
@@ -175,33 +226,33 @@ def _launch(
     launch_pdl: bool,
 ) -> None:
     num_rows, top_k = expert_ids.shape
-    num_experts = weight.shape[0]
-    # By the class, not by the rows: a server compiles for classes.
-    class_pairs = few_rows_class(num_rows) * top_k
-    by_expert = class_pairs >= num_experts
     per_tile = tile.block_n // 2 if swiglu else tile.block_n
     early = {"launch_pdl": True} if launch_pdl else {}
     grid = (
         triton.cdiv(out.shape[1], per_tile),
-        num_experts if by_expert else num_rows * top_k,
+        num_rows * top_k if sorted_pairs is None else len(weight),
     )
     _few_rows_kernel[grid](
         x,
         weight,
         expert_ids,
+        *((None, None) if sorted_pairs is None else sorted_pairs),
         out,
         num_rows * top_k,
         K=weight.shape[2],
         NUM_OUT=out.shape[1],
         ROW_PAIRS=row_pairs,
         SWIGLU=swiglu,
-        PAIRS=triton.next_power_of_2(class_pairs),
-        BY_EXPERT=by_expert,
+        # By the class, not by the rows: a server compiles for classes.
+        PAIRS=triton.next_power_of_2(few_rows_class(num_rows) * top_k)
+        if sorted_pairs is None
+        else 1,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         SLICE_K=tile.slice_k,
         SLICES=tile.num_warps,
         STAGES=tile.num_stages,
+        WIDE=tile.is_wide,
         PDL=launch_pdl,
         num_warps=tile.num_warps,
         **early,

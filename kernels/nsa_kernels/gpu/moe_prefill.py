@@ -42,7 +42,9 @@ def grouped_tiles(
 
 
 @triton.jit
-def _tile_of(tile, ends_ptr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr):
+def _tile_of(
+    tile, ends_ptr, NUM_EXPERTS: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr
+):
     """Return (expert, first place, end of the expert's places); NUM_EXPERTS: there is no tile."""
     experts = tl.arange(0, BLOCK_E)
     exists = experts < NUM_EXPERTS

@@ -243,20 +243,27 @@ def _place_pairs_kernel(
     RANKED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Write a block of pairs to their places: by expert, then by pair."""
+    """Write a block of pairs to their places: by expert, then by pair.
+
+    counts_ptr: of `_count_pairs_kernel`; None where this is the only block.
+    """
     block = tl.program_id(0)
     experts = tl.arange(0, BLOCK_E)
     totals = tl.zeros([BLOCK_E], tl.int32)
     before = tl.zeros([BLOCK_E], tl.int32)
-    for first in range(0, tl.num_programs(0), BLOCKS):
-        blocks = first + tl.arange(0, BLOCKS)
-        counts = tl.load(
-            counts_ptr + blocks[:, None] * BLOCK_E + experts[None, :],
-            mask=(blocks < tl.num_programs(0))[:, None],
-            other=0,
-        )
-        totals += tl.sum(counts, axis=0)
-        before += tl.sum(tl.where((blocks < block)[:, None], counts, 0), axis=0)
+    if counts_ptr is None:
+        for first in range(0, PAIRS, RANKED):
+            totals += tl.sum(_one_hot(ids_ptr, first, num_pairs, RANKED, BLOCK_E), axis=0)
+    else:
+        for first in range(0, tl.num_programs(0), BLOCKS):
+            blocks = first + tl.arange(0, BLOCKS)
+            counts = tl.load(
+                counts_ptr + blocks[:, None] * BLOCK_E + experts[None, :],
+                mask=(blocks < tl.num_programs(0))[:, None],
+                other=0,
+            )
+            totals += tl.sum(counts, axis=0)
+            before += tl.sum(tl.where((blocks < block)[:, None], counts, 0), axis=0)
     ends = tl.cumsum(totals, axis=0)
     if block == 0:
         tl.store(ends_ptr + experts, ends, mask=experts < NUM_EXPERTS)
@@ -279,11 +286,13 @@ def sort_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     num_pairs, device = expert_ids.numel(), expert_ids.device
     num_blocks = triton.cdiv(num_pairs, _SORT_PAIRS)
     block_e = triton.next_power_of_2(num_experts)
-    counts = torch.empty((num_blocks, block_e), dtype=torch.int32, device=device)
     pairs = torch.empty(num_pairs, dtype=torch.int32, device=device)
     ends = torch.empty(num_experts, dtype=torch.int32, device=device)
     sizes = {"BLOCK_E": block_e, "PAIRS": _SORT_PAIRS, "RANKED": _RANK_PAIRS, "num_warps": 8}
-    _count_pairs_kernel[(num_blocks,)](expert_ids, counts, num_pairs, **sizes)
+    counts = None
+    if num_blocks > 1:
+        counts = torch.empty((num_blocks, block_e), dtype=torch.int32, device=device)
+        _count_pairs_kernel[(num_blocks,)](expert_ids, counts, num_pairs, **sizes)
     _place_pairs_kernel[(num_blocks,)](
         expert_ids,
         counts,

@@ -118,9 +118,7 @@ def plan_attention(
     """
     check_geometry(spec)
     if score_pass is None:
-        score_pass = can_score_pass(spec) and prefers_score_pass(
-            num_q_heads // num_kv_heads, spec
-        )
+        score_pass = can_score_pass(spec) and prefers_score_pass(num_q_heads // num_kv_heads, spec)
     elif score_pass and not can_score_pass(spec):
         raise ValueError("score_pass has no dense_len and no lse_len: leave it out, or pass False")
     cu_seqlens = meta.cu_seqlens_q.numpy()
