@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from nsa_kernels.gpu.decode_inputs import NUM_FIELDS
+from nsa_kernels.gpu.decode_inputs import NUM_FIELDS, PAGE_INDEX, SWA_PAGE
 from nsa_serve.request import Request, RequestStatus
 from nsa_serve.scheduler_output import ScheduledRow
 
@@ -87,11 +87,19 @@ class _Slot:
 class DecodeBuffers:
     """Static tensors of decode steps, on the device.
 
-    packed: [5, Rmax] int32, what `decode_inputs` spreads out. input_ids: [Rmax] int64. seq_lens,
-    positions: [Rmax] int32. page_table: [Rmax, Pmax] int32.
+    packed: [6, Rmax] int32, what `decode_inputs` spreads out. input_ids: [Rmax] int64. seq_lens,
+    positions: [Rmax] int32. page_table: [Rmax, Pmax] int32. swa_page_table: the same of window
+    pages, None without; a page that its row has passed may stand there yet, and is not read.
     """
 
-    def __init__(self, *, max_num_rows: int, max_num_pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_rows: int,
+        max_num_pages: int,
+        device: torch.device,
+        has_swa_pages: bool = False,
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -100,6 +108,7 @@ class DecodeBuffers:
         self.seq_lens = zeros(max_num_rows)
         self.positions = zeros(max_num_rows)
         self.page_table = zeros(max_num_rows, max_num_pages)
+        self.swa_page_table = zeros(max_num_rows, max_num_pages) if has_swa_pages else None
         self._page_rows = PageRows(max_num_rows)
         self._slots: list[_Slot] = []
         shape = (NUM_FIELDS, max_num_rows)
@@ -136,12 +145,20 @@ class DecodeBuffers:
             page_indices.append(page_index)
             pages.append(0 if page_index < 0 else request.pages[page_index])
         count = len(ordered)
-        buffer.array[:, :count] = fields
+        buffer.array[: len(fields), :count] = fields
         # Rows beyond are padding: no tokens, and nothing to write to the page table.
         buffer.array[:, count:] = 0
         buffer.array[3, count:] = -1
+        if self.swa_page_table is not None:
+            self._add_swa_pages(buffer.array)
         buffer.send(self.packed)
         return ordered
+
+    def _add_swa_pages(self, array: NDArray[np.int32]) -> None:
+        """Send the window page that comes with each new page; a request has as many of both."""
+        for index in np.flatnonzero(array[PAGE_INDEX] >= 0).tolist():
+            request = self._slots[index].request
+            array[SWA_PAGE, index] = request.swa_pages[array[PAGE_INDEX, index]]
 
     def _assign(self, rows: Sequence[ScheduledRow]) -> list[ScheduledRow]:
         """Give each request a row, the one it had if it had one."""
@@ -184,4 +201,9 @@ class DecodeBuffers:
                 # The allocator of pinned memory waits for the copy before it gives this out again.
                 pages = pages.pin_memory()
             self.page_table[index, :count].copy_(pages, non_blocking=True)
+            if self.swa_page_table is not None:
+                swa_pages = torch.tensor(slot.request.swa_pages, dtype=torch.int32)
+                if self.swa_page_table.is_cuda:
+                    swa_pages = swa_pages.pin_memory()
+                self.swa_page_table[index, :count].copy_(swa_pages, non_blocking=True)
         return -1

@@ -152,9 +152,7 @@ def largest_error(
         if result.prompt_logprobs is not None:
             given = [*(entry.logprob for entry in result.prompt_logprobs), *given]
         first = len(token_ids) - len(given)
-        wanted = [
-            float(expected[i - 1, token_ids[i]]) for i in range(first, len(token_ids))
-        ]
+        wanted = [float(expected[i - 1, token_ids[i]]) for i in range(first, len(token_ids))]
         differences = torch.tensor(given, dtype=torch.float64) - torch.tensor(wanted)
         worst = max(worst, float(differences.abs().max()))
         for i in range(len(prompt), len(token_ids)):

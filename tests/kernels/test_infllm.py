@@ -275,4 +275,4 @@ def test_a_cache_without_coarse_keys_is_refused() -> None:
 
 def test_coarse_windows_need_shared_keys() -> None:
     with pytest.raises(ValueError, match="lse_len needs keys that the branches share"):
-        build_metadata([[1]], [0], [5], INFLLM, swa_pages=[[1]], tail_slots=[0])
+        build_metadata([[1]], [0], [5], INFLLM, swa_pages=[[1]])

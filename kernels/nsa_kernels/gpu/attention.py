@@ -127,7 +127,6 @@ def _append(
         mlps=compression,
         branch_kv=branch_kv,
         swa_page_table=plan.swa_page_table,
-        tail_slots=plan.tail_slots,
         check=plan.check_bounds,
     )
 
@@ -184,7 +183,6 @@ def _decode(
             shape=plan.decode_shape,
             branch_kv=branch_kv,
             swa_page_table=plan.swa_page_table,
-            tail_slots=plan.tail_slots,
             lse2_select=lse2_select,
             with_output=branches.cmp,
             with_selection=branches.slc,

@@ -74,8 +74,8 @@ class GpuPlan:
     """One step for the Triton kernels; all tensors are int32 on the device.
 
     seq_lens: [B], tokens in the cache after the step, 0 for a padding row. page_table: [B, P].
-    cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P] and tail_slots: [B],
-    None where branches share keys and values.
+    cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P], None where branches
+    share keys and values; an entry behind the row's windows is never read.
     counters: [2, Nd * HQ], zero between kernels: programs of a decode row count their arrivals.
     decode_shape: rows and pages that the decode kernels are cut for, at least Nd and P. What is
     compiled for them depends on these two and not on Nd and P.
@@ -91,7 +91,6 @@ class GpuPlan:
     token_rows: Tensor
     positions: Tensor
     swa_page_table: Tensor | None
-    tail_slots: Tensor | None
     counters: Tensor
     prefill: PrefillPlan | None
     num_sms: int
@@ -134,7 +133,6 @@ def plan_attention(
     }
     if meta.branches is not None:
         host["swa_page_table"] = meta.branches.swa_page_table.numpy()
-        host["tail_slots"] = meta.branches.tail_slots.numpy()
     score_chunks: list[ScoreChunk] = []
     is_dense = False
     if num_decode_rows < num_rows:
@@ -183,7 +181,6 @@ def plan_attention(
         token_rows=sent["token_rows"],
         positions=sent["positions"],
         swa_page_table=sent.get("swa_page_table"),
-        tail_slots=sent.get("tail_slots"),
         counters=sent["counters"],
         prefill=prefill,
         num_sms=num_multiprocessors(device),
@@ -201,11 +198,13 @@ def plan_decode(
     *,
     num_q_heads: int,
     branches: Branches,
+    swa_page_table: Tensor | None = None,
 ) -> GpuPlan:
     """Plan a step of decode rows alone around tensors on the device, for capture in a CUDA graph.
 
     seq_lens, positions: [B] int32. page_table: [B, P] int32, rows may be strided. counters:
-    [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind.
+    [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind. swa_page_table: [B, P]
+    int32 likewise, where branches have keys and values of their own.
     """
     check_geometry(spec)
     num_rows, device = len(seq_lens), seq_lens.device
@@ -219,8 +218,7 @@ def plan_decode(
         cu_seqlens_q=index,
         token_rows=index[:num_rows],
         positions=positions,
-        swa_page_table=None,
-        tail_slots=None,
+        swa_page_table=swa_page_table,
         counters=counters[:, : num_rows * num_q_heads],
         prefill=None,
         num_sms=num_multiprocessors(device),
