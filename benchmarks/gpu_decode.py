@@ -5,9 +5,11 @@
 
 A decode cell is a context and a number of rows. Its prompts are put into the prefix cache by a
 first call; then ms a step = (time of 129 tokens - time of 1 token) / 128, greedy, the medians of
-the repeats. Beside it the median and the 99th percentile of the time between two calls of the
-engine's step that decode, in the same runs. Rows share nothing with one another; a row's prompt in
-a short context is the start of its prompt in a long one.
+the repeats. Both times begin with the same work of the host, which hashes the prompts for tens of
+milliseconds, so they are taken in turns, the order changing from repeat to repeat; the least and
+the largest difference of a turn are the spread. Beside it the median and the 99th percentile of the
+time between two calls of the engine's step that decode, in the same runs. Rows share nothing with
+one another; a row's prompt in a short context is the start of its prompt in a long one.
 
 The byte floor of a cell is what its step has to read at the memory's rate: weights (of experts,
 those that so many rows are expected to use) and cache; the weight floor is without the cache.
@@ -102,6 +104,18 @@ def step_gaps_s(returns: Sequence[tuple[float, int]], num_rows: int) -> list[flo
     ]
 
 
+def step_ms(
+    first_s: Sequence[float], whole_s: Sequence[float], num_steps: int
+) -> tuple[float, tuple[float, float]]:
+    """Return ms a step from the medians, and the least and largest of the repeats' own.
+
+    first_s, whole_s: seconds of each repeat without and with these steps.
+    """
+    ms = (median(whole_s) - median(first_s)) / num_steps * 1e3
+    each = [(b - a) / num_steps * 1e3 for a, b in zip(first_s, whole_s, strict=True)]
+    return ms, (min(each), max(each))
+
+
 def greedy(num_tokens: int) -> SamplingParams:
     """Return parameters for exactly so many likeliest tokens."""
     return SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
@@ -157,19 +171,21 @@ class DecodeBench:
         fill_s = time.perf_counter() - start
         # The path of this cell once, unmeasured: what is compiled or first touched is not timed.
         self.generate(prompts, [kind(min(8, num_tokens)) for kind in kinds])
-        first_s, whole_s, gaps_s = [], [], []
+        times: dict[int, list[float]] = {1: [], num_tokens: []}
+        gaps_s: list[float] = []
         hits = context
         replays = self.engine.num_graph_replays
-        for _ in range(self.repeats):
-            first_s.append(time_s(lambda: self.generate(prompts, [kind(1) for kind in kinds])))
-            self.engine.returns.clear()
-            outputs: list[RequestOutput] = []
-            params = [kind(num_tokens) for kind in kinds]
-            whole_s.append(time_s(lambda: outputs.extend(self.generate(prompts, params))))  # noqa: B023
-            gaps_s += step_gaps_s(self.engine.returns, num_rows)
-            hits = min(hits, *(output.num_prefix_hit_tokens for output in outputs))
-            if any(len(output.token_ids) != num_tokens for output in outputs):
-                raise SystemExit("a row ended early: the times are not those of the cell")
+        for repeat in range(self.repeats):
+            for count in (1, num_tokens) if repeat % 2 == 0 else (num_tokens, 1):
+                params = [kind(count) for kind in kinds]
+                outputs: list[RequestOutput] = []
+                self.engine.returns.clear()
+                times[count].append(time_s(lambda: outputs.extend(self.generate(prompts, params))))  # noqa: B023
+                gaps_s += step_gaps_s(self.engine.returns, num_rows)
+                hits = min(hits, *(output.num_prefix_hit_tokens for output in outputs))
+                if any(len(output.token_ids) != count for output in outputs):
+                    raise SystemExit("a row ended early: the times are not those of the cell")
+        first_s, whole_s = times[1], times[num_tokens]
         if replays is not None:
             replays = (self.engine.num_graph_replays or 0) - replays
             if replays < self.repeats * (num_tokens - 1):
@@ -177,7 +193,7 @@ class DecodeBench:
         # The last page of a prompt always runs again, and a page may be as long as the prompt.
         if hits < context - 2 * self.info.page_size:
             print(f"warning: {hits} of {context} prompt tokens were cached", flush=True)
-        ms = (median(whole_s) - median(first_s)) / (num_tokens - 1) * 1e3
+        ms, spread = step_ms(first_s, whole_s, num_tokens - 1)
         gap_ms = [gap * 1e3 for gap in gaps_s]
         weight_floor_ms, byte_floor_ms = self.floors_ms(context, num_rows)
         return {
@@ -185,6 +201,8 @@ class DecodeBench:
             "rows": num_rows,
             "num_sampled": num_sampled,
             "ms_per_step": ms,
+            "ms_per_step_min": spread[0],
+            "ms_per_step_max": spread[1],
             "tokens_per_s": num_rows / ms * 1e3,
             "of_weight_floor": weight_floor_ms / ms,
             "byte_floor_ms": byte_floor_ms,
@@ -258,10 +276,11 @@ def show(kind: str, row: dict[str, Any]) -> None:
         extra = f", {row['num_sampled']} sampled" if row["num_sampled"] else ""
         p50, p99 = (row[f"step_ms_{q}"] or 0.0 for q in ("p50", "p99"))
         print(
-            f"{name}{extra}: {row['ms_per_step']:.3f} ms a step (p50 {p50:.3f}, p99 {p99:.3f}; "
-            f"bar {row['bar_ms']}), {row['tokens_per_s']:,.0f} tokens/s, "
-            f"{row['of_weight_floor']:.0%} of the weight floor, {row['of_byte_floor']:.0%} of the "
-            f"byte floor ({row['byte_floor_ms']:.2f} ms), filled in {row['fill_s']:.1f} s",
+            f"{name}{extra}: {row['ms_per_step']:.3f} ms a step (repeats "
+            f"{row['ms_per_step_min']:.3f} to {row['ms_per_step_max']:.3f}, p50 {p50:.3f}, "
+            f"p99 {p99:.3f}; bar {row['bar_ms']}), {row['of_weight_floor']:.0%} of the weight "
+            f"floor, {row['of_byte_floor']:.0%} of the byte floor ({row['byte_floor_ms']:.2f} ms), "
+            f"filled in {row['fill_s']:.1f} s",
             flush=True,
         )
 
@@ -356,7 +375,7 @@ def main() -> None:
     parser.add_argument("--model", choices=["a", "b", "moe"], default="a")
     parser.add_argument("--cells", nargs="+", type=parse_cell, help="such as 2048x1 64kx32")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--no-prefill", action="store_true", help="decode only")
     parser.add_argument("--utilization", type=float, help="gpu_memory_utilization (0.94)")
     options = parser.parse_args()

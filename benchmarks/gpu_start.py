@@ -28,6 +28,8 @@ from gpu_common import (
 from gpu_models import MODELS, write_model, write_weights
 from gpu_server import running_server
 
+from nsa_client.sse import SSEDecoder
+
 _CHUNK_BYTES = 2**26
 
 
@@ -59,10 +61,11 @@ def first_token_s(url: str, model: str) -> float:
         "POST", f"{url}/v1/completions", json=body, timeout=120.0, trust_env=False
     ) as answer:
         answer.raise_for_status()
-        for line in answer.iter_lines():
-            data = line.removeprefix("data: ")
-            if data == line or data == "[DONE]":
-                continue
+        decoder = SSEDecoder()
+        events = (event.data for part in answer.iter_bytes() for event in decoder.feed(part))
+        for data in events:
+            if data == "[DONE]":
+                break
             if any(choice.get("token_ids") for choice in json.loads(data)["choices"]):
                 return time.perf_counter() - start
     raise SystemExit("the stream brought no token")

@@ -190,11 +190,13 @@ def equality(folder: Path, base: dict[str, Any], options: Any, result: dict[str,
                 "return_token_ids": True,
             }
             bodies = [json.dumps({**common, "prompt": prompt}).encode() for prompt in prompts]
+            print(f"{dtype}: healthy after {server.healthy_s:.1f} s", flush=True)
             start = time.perf_counter()
             together, errors = asyncio.run(
                 stream_all(server.url, bodies, concurrency=options.streams)
             )
             middle = time.perf_counter()
+            print(f"{dtype}: {len(bodies)} at once in {middle - start:.1f} s", flush=True)
             alone, more = asyncio.run(
                 stream_all(server.url, bodies[: options.serial], concurrency=1)
             )

@@ -42,6 +42,8 @@ from cpu import commit, machine
 from soak_requests import Answer, Ask, Asks
 from workload import ROOT, documentation_text
 
+from nsa_client.sse import SSEDecoder
+
 _FLAGS = ("--dtype", "float32", "--scheduling-policy", "priority")
 _START_TIMEOUT_S = 600.0
 _PROBE_PROMPTS = (
@@ -243,11 +245,11 @@ async def _messages(
         yield json.loads(await response.aread())
         yield None
         return
-    async for line in response.aiter_lines():
-        if line == "data: [DONE]":
-            yield None
-        elif line.startswith("data: "):
-            yield json.loads(line[6:])
+    # Not aiter_lines: it also ends a line at U+0085 or U+2028, which an answer may hold.
+    decoder = SSEDecoder()
+    async for data in response.aiter_bytes():
+        for event in decoder.feed(data):
+            yield None if event.data == "[DONE]" else json.loads(event.data)
 
 
 def rss_bytes(pid: int) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from nsa_kernels.gpu.sampling import NUM_PARAMS, SamplingWorkspace, sample_tokens
-from nsa_serve.device_edits import LogitEditor
-from nsa_serve.logprobs import PendingLogprobs, record_event, to_device, to_host
+from nsa_serve.device_edits import LogitEditor, has_edits
+from nsa_serve.logprobs import PendingLogprobs, record_event, to_device
 from nsa_serve.request import Request, SamplingParams
 from nsa_serve.sampler import SamplingFailure, failure_of, needs_history, uniform
 from nsa_serve.scheduler_output import SampledToken
@@ -48,8 +48,9 @@ class DeviceSampler:
         device: torch.device,
     ) -> None:
         self.max_num_rows = max_num_rows
-        self.token_ids = torch.zeros(max_num_rows, dtype=torch.int64, device=device)
-        self._peaks = torch.zeros(max_num_rows, dtype=torch.float32, device=device)
+        # One tensor, so that a step's tokens come to the host in one copy.
+        self._chosen = torch.zeros(3 * max_num_rows, dtype=torch.int32, device=device)
+        self.token_ids, self._peaks = _split(self._chosen)
         # All 0: greedy rows.
         self._params = torch.zeros(NUM_PARAMS, max_num_rows, dtype=torch.float64, device=device)
         self._workspace = SamplingWorkspace.create(max_num_rows, vocab_size, device)
@@ -63,16 +64,19 @@ class DeviceSampler:
         ]
         self._events: list[torch.cuda.Event | None] = [None] * _NUM_BUFFERS
         self._next_buffer = 0
+        # Those that no step is using.
+        self._free_copies: list[Tensor] = []
+        self._batch = _Batch([])
         # What the device has: nothing needs to be copied while all rows stay greedy.
         self._has_drawn = False
 
     def needs_history(self, requests: Sequence[Request]) -> bool:
         """Return whether some choice depends on its request's output so far."""
-        return any(needs_history(request) for request in requests)
+        return self._batch_of(requests).needs_history
 
     def is_greedy(self, requests: Sequence[Request]) -> bool:
         """Return whether `run_kernels(..., is_greedy=True)` does for these rows."""
-        return all(request.params.is_greedy for request in requests)
+        return self._batch_of(requests).is_greedy
 
     def launch(
         self,
@@ -106,6 +110,8 @@ class DeviceSampler:
         masks: StepMasks | None = None,
     ) -> None:
         """Queue logit bias, penalties and exclusions; nothing when no row has any."""
+        if masks is None and not self._batch_of(requests).has_edits:
+            requests, positions = [], []  # what is remembered of earlier ones can go
         self._editor.apply(logits, requests, positions, masks)
 
     def prepare(self, requests: Sequence[Request], positions: Sequence[int]) -> None:
@@ -159,6 +165,7 @@ class DeviceSampler:
 
     def forget(self) -> None:
         """Forget what the device knows of requests; it is told anew."""
+        self._batch = _Batch([])
         self._editor.forget()
 
     def collect(
@@ -171,36 +178,65 @@ class DeviceSampler:
 
         raw_logits: the model's own, float32, of the rows that report log-probabilities.
         """
-        num_rows = len(requests)
         logprobs = None
         if raw_logits is not None:
-            rows = _reported_rows(requests)
+            rows = self._batch_of(requests).reported_rows
             index = to_device(torch.tensor(rows), self.token_ids.device)
             tops = [requests[row].params.logprobs or 0 for row in rows]
             logprobs = PendingLogprobs(raw_logits, self.token_ids.index_select(0, index), tops)
         return SampleHandle(
             list(requests),
-            to_host(self.token_ids[:num_rows]),
-            to_host(self._peaks[:num_rows]),
+            self._to_host(),
+            self._free_copies,
             logprobs,
             masks,
             record_event(self.token_ids.device),
         )
 
+    def _to_host(self) -> Tensor:
+        """Queue the copy of what was chosen, to memory that no step waits for."""
+        if not self._free_copies:
+            is_cuda = self._chosen.is_cuda
+            copy = torch.empty(self._chosen.shape, dtype=torch.int32, pin_memory=is_cuda)
+            self._free_copies.append(copy)
+        return self._free_copies.pop().copy_(self._chosen, non_blocking=True)
+
     def _reported_logits(self, logits: Tensor, requests: Sequence[Request]) -> Tensor | None:
-        rows = _reported_rows(requests)
+        rows = self._batch_of(requests).reported_rows
         if not rows:
             return None
         return logits.index_select(0, to_device(torch.tensor(rows), logits.device))
 
+    def _batch_of(self, requests: Sequence[Request]) -> "_Batch":
+        if self._batch.requests != requests:
+            self._batch = _Batch(list(requests))
+        return self._batch
+
+
+class _Batch:
+    """What the requests of a step ask for, which is the same in most steps that follow."""
+
+    __slots__ = ("has_edits", "is_greedy", "needs_history", "reported_rows", "requests")
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+        self.needs_history = any(needs_history(request) for request in requests)
+        self.is_greedy = all(request.params.is_greedy for request in requests)
+        self.has_edits = any(has_edits(request) for request in requests)
+        self.reported_rows = _reported_rows(requests)
+
 
 @dataclass(frozen=True, slots=True)
 class SampleHandle:
-    """The tokens of a step that come to the host: token_ids int64 [R], peaks float32 [R]."""
+    """The tokens of a step that come to the host; to be read once.
+
+    copy: the sampler's tokens and peaks there, see `_split`. free_copies: where it goes when it was
+    read.
+    """
 
     requests: list[Request]
-    token_ids: Tensor
-    peaks: Tensor
+    copy: Tensor
+    free_copies: list[Tensor]
     logprobs: PendingLogprobs | None
     masks: StepMasks | None
     event: torch.cuda.Event | None
@@ -215,7 +251,12 @@ class SampleHandle:
             entries = dict(zip(rows, self.logprobs.result(), strict=True))
         failures = {} if self.masks is None else self.masks.failures
         results: list[SampledToken | SamplingFailure] = []
-        tokens = zip(self.requests, self.token_ids.tolist(), self.peaks.tolist(), strict=True)
+        num_rows = len(self.requests)
+        token_ids, peaks = (part[:num_rows].tolist() for part in _split(self.copy))
+        self.free_copies.append(self.copy)
+        if not failures and not entries and all(map(math.isfinite, peaks)):
+            return [SampledToken(token_id) for token_id in token_ids]
+        tokens = zip(self.requests, token_ids, peaks, strict=True)
         for row, (request, token_id, peak) in enumerate(tokens):
             failure = failures.get(row)
             if failure is not None:
@@ -225,6 +266,12 @@ class SampleHandle:
             else:
                 results.append(failure_of(request.params, peak))
         return results
+
+
+def _split(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the two parts of int32 [3 * N]: token ids int64 [N], and peaks float32 [N]."""
+    end = len(chosen) // 3 * 2
+    return chosen[:end].view(torch.int64), chosen[end:].view(torch.float32)
 
 
 def _reported_rows(requests: Sequence[Request]) -> list[int]:

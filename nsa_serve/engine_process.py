@@ -9,7 +9,6 @@ SIGTERM are for the API process and ignored here.
 
 import argparse
 import ctypes
-import gc
 import logging
 import os
 import queue
@@ -21,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, Protocol
 
+from nsa_serve.collector import tame_collector
 from nsa_serve.config import EngineConfig
 from nsa_serve.errors import NSAServeError
 from nsa_serve.ipc import Channel, FrameError
@@ -250,9 +250,8 @@ def _load_engine(
     import_s = time.perf_counter() - start
     engine = Engine(config, on_progress=on_progress, import_s=import_s)
     # 200,000 objects of modules and model stay for good; a full collection that goes through them
-    # all takes 0.2 s, in which nobody gets a token.
-    gc.collect()
-    gc.freeze()
+    # all takes 0.2 s.
+    tame_collector()
     return engine
 
 

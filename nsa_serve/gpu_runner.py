@@ -110,7 +110,8 @@ class GpuModelRunner:
         )
         self._plans: dict[tuple[int, int], GpuPlan] = {}
         self._graphs = GraphPool(self.device)
-        # By request id: which of the sampler's tokens is its newest.
+        # Whose the sampler's tokens are, and by request id, which of them is its newest.
+        self._sampled: list[Request] = []
         self._token_rows: dict[str, int] = {}
         # Steps that replayed a graph, and those that were launched kernel by kernel.
         self.reset_counts()
@@ -142,7 +143,9 @@ class GpuModelRunner:
             step.logits, step.requests, step.output_positions, masks, run=self._run_sampler(step)
         )
         step.logits = None
-        self._token_rows = {item.request_id: row for row, item in enumerate(step.requests)}
+        if step.requests != self._sampled:
+            self._sampled = step.requests
+            self._token_rows = {item.request_id: row for row, item in enumerate(step.requests)}
 
     @torch.inference_mode()
     def result(self, step: LaunchedStep) -> dict[str, SampledToken | SamplingFailure]:
@@ -158,7 +161,7 @@ class GpuModelRunner:
 
     def reset(self) -> None:
         """Forget what steps have left behind, because some are taken back."""
-        self._token_rows = {}
+        self._sampled, self._token_rows = [], {}
         self._buffers.forget()
         self.sampler.forget()
 
@@ -168,17 +171,20 @@ class GpuModelRunner:
         most = min(self._max_num_batched_tokens, self._max_model_len)
         short, middle = min(most, 5), min(most, 300)
         self._run_synthetic(0, [middle, short], middle)
-        self._run_synthetic(1, [1, short], short)
+        # A lone decode row: torch gives a step of one token other strides than one of several, and
+        # those of several decode rows are seen to by `capture`.
+        for num_pages in self._page_buckets:
+            context = min(num_pages * self._spec.block_size, self._max_model_len)
+            self._run_synthetic(1, [1, min(short, context)], context)
         self._run_synthetic(0, [most], self._max_model_len)
         # What a kernel is compiled for depends on the number of blocks, in powers of two.
         context = _LEAST_CONTEXT
         while context < self._max_model_len:
             self._run_synthetic(0, [min(short, context)], context)
             context *= 2
-        # Linear layers are compiled for classes of rows.
-        for count in ROW_CLASSES:
-            if count <= most:
-                self._run_synthetic(0, [count], count, num_logit_rows=count)
+        # Linear layers are compiled for classes of rows; a step may end inside the last one.
+        for count in sorted({min(size, most) for size in ROW_CLASSES}):
+            self._run_synthetic(0, [count], count, num_logit_rows=count)
         self.sampler.warm_up(self._logits)
         torch.cuda.synchronize(self.device)
 
@@ -230,9 +236,8 @@ class GpuModelRunner:
 
     def _launch_decode(self, output: SchedulerOutput) -> LaunchedStep:
         ordered = self._buffers.fill(output.rows, self._token_rows)
-        longest = max(len(row.request.pages) for row in ordered)
         num_rows = least_at_least(self._row_buckets, len(ordered))
-        num_pages = least_at_least(self._page_buckets, longest)
+        num_pages = least_at_least(self._page_buckets, self._buffers.num_pages)
         if self._graphs.has((num_rows, num_pages)):
             self._graphs.replay((num_rows, num_pages))
             self.num_graph_replays += 1
@@ -243,7 +248,7 @@ class GpuModelRunner:
         return LaunchedStep(
             scheduled=output,
             requests=requests,
-            output_positions=[row.start + 1 - row.request.num_prompt_tokens for row in ordered],
+            output_positions=[row.start + 1 - len(row.request.prompt_token_ids) for row in ordered],
             logits=self._logits[: len(ordered)],
             needs_history=self.sampler.needs_history(requests),
             num_padded_rows=num_rows,

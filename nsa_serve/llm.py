@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from nsa_serve.collector import rare_full_collections
 from nsa_serve.config import EngineConfig, make_config
 from nsa_serve.engine import Engine
 from nsa_serve.errors import NSAServeError, RequestError
@@ -98,11 +99,12 @@ class LLM:
         """
         token_ids = self._encode(prompts)
         run = _Run(self._engine, self.tokenizer)
-        for number, (prompt, item) in enumerate(
-            zip(token_ids, _one_each(params, len(token_ids)), strict=True)
-        ):
-            run.queue(number, prompt, item, n)
-        return run.finish(use_tqdm=use_tqdm)
+        with rare_full_collections():
+            for number, (prompt, item) in enumerate(
+                zip(token_ids, _one_each(params, len(token_ids)), strict=True)
+            ):
+                run.queue(number, prompt, item, n)
+            return run.finish(use_tqdm=use_tqdm)
 
     def chat(
         self,

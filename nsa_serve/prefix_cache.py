@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from nsa_serve.page_pool import PagePool, hash_page, root_hash
+from nsa_serve.page_pool import PagePool, hash_pages, root_hash
 from nsa_serve.request import Request
 from nsa_serve.window_pages import WindowPages
 
@@ -68,6 +68,8 @@ class PrefixCache:
     def _extend_hashes(self, request: Request) -> None:
         """Hash the full pages of known tokens; tokens are only appended, so hashes stay valid."""
         page_size, hashes = self._pool.page_size, request.page_hashes
-        for start in range(len(hashes) * page_size, request.num_tokens - page_size + 1, page_size):
+        start = len(hashes) * page_size
+        stop = request.num_tokens - request.num_tokens % page_size
+        if start < stop:
             parent = hashes[-1] if hashes else root_hash(request.cache_salt)
-            hashes.append(hash_page(parent, request.token_ids[start : start + page_size]))
+            hashes += hash_pages(parent, request.token_ids[start:stop], page_size)

@@ -295,10 +295,14 @@ class Scheduler:
                 ready.append(entry)
             elif num_remaining:
                 longer.append(entry)
+        page_size = self.pool.page_size
         for entry in ready:
             if step.budget == 0:
                 break
-            if self._grow(entry, 1, step):
+            request = entry.request
+            # Most tokens go to the last page that their request has.
+            has_room = entry.next_start < len(request.pages) * page_size
+            if (has_room and request.status is RequestStatus.RUNNING) or self._grow(entry, 1, step):
                 self._add_row(entry, 1, step)
         if len(step.decode_rows) < len(ready):
             # Those served go to the back, so that the rest are first in the next step.
@@ -442,7 +446,7 @@ class Scheduler:
 
     def _accept(self, entry: Entry, token: SampledToken) -> TokenOutput:
         request = entry.request
-        is_first = request.num_output_tokens == 0
+        is_first = not request.output_token_ids
         request.append_token(token.token_id)
         finish_reason, stop_reason = self._stop(entry, token.token_id)
         if finish_reason is not None:
@@ -453,14 +457,16 @@ class Scheduler:
         request = entry.request
         params = request.params
         # A grammar lets EOS come only at its end, after which nothing can be sampled.
-        if request.matcher is not None and token_id in self.eos_token_ids:
+        is_eos = token_id in self.eos_token_ids
+        if is_eos and request.matcher is not None:
             return FinishReason.STOP, None
-        if request.num_output_tokens >= params.min_tokens:
-            if token_id in self.eos_token_ids and not params.ignore_eos:
+        is_stop = token_id in params.stop_token_ids
+        if (is_eos or is_stop) and request.num_output_tokens >= params.min_tokens:
+            if is_eos and not params.ignore_eos:
                 return FinishReason.STOP, None
-            if token_id in params.stop_token_ids:
+            if is_stop:
                 return FinishReason.STOP, token_id
-        if request.num_tokens >= entry.max_tokens:
+        if len(request.token_ids) >= entry.max_tokens:
             return FinishReason.LENGTH, None
         return None, None
 

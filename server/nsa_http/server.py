@@ -8,7 +8,6 @@ the engine could not start or died.
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import signal
 import socket
@@ -28,6 +27,7 @@ from nsa_http.state import ServerState
 from nsa_http.stats import log_stats_forever
 from nsa_http.tls import server_context
 from nsa_serve.async_engine import AsyncEngine
+from nsa_serve.collector import tame_collector
 from nsa_serve.config import EngineConfig
 from nsa_serve.engine_client import EngineClient
 from nsa_serve.engine_supervisor import ENGINE_COMMAND
@@ -100,15 +100,6 @@ def bind(config: ServerConfig) -> socket.socket:
         ) from None
 
 
-def _tame_collector() -> None:
-    """Keep full garbage collections short and rare: each stops every stream meanwhile."""
-    # What start-up made lives as long as the process; a collection need not walk it.
-    gc.collect()
-    gc.freeze()
-    young, middle, old = gc.get_threshold()
-    gc.set_threshold(young, middle, 100 * old)
-
-
 class _Server(uvicorn.Server):
     """uvicorn without its signal handling, which would end streams and the exit code."""
 
@@ -157,7 +148,7 @@ class _Lifetime:
                         load_sampling_defaults, self._settings.engine
                     )
                     self._state.sampling_defaults = defaults
-                _tame_collector()
+                tame_collector()
                 self._state.set_ready(engine)
                 log_ready(
                     engine.info,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from gpu_common import engine_options, make_prompt, percentile, server_flags
-from gpu_decode import parse_cell, step_gaps_s
+from gpu_decode import parse_cell, step_gaps_s, step_ms
 from hypothesis import given
 from hypothesis import strategies as st
 from serve_stats import (
@@ -191,3 +191,10 @@ def test_cells_and_settings_are_read() -> None:
                      "--no-async-scheduling"]  # fmt: skip
     with pytest.raises(SystemExit, match="NAME=VALUE"):
         engine_options(["fp8"])
+
+
+def test_a_decode_figure_is_the_difference_of_medians_and_has_the_spread_of_the_turns() -> None:
+    # One turn met a slow host.
+    ms, (least, most) = step_ms([0.3, 0.9, 0.3], [0.5, 1.1, 0.48], 100)
+    assert ms == pytest.approx(2.0)
+    assert (least, most) == (pytest.approx(1.8), pytest.approx(2.0))

@@ -94,6 +94,32 @@ def make_masks(rows: list[int], *, seed: int) -> StepMasks:
     return StepMasks(rows, generator.integers(0, 256, (len(rows), num_bytes), np.uint8), {})
 
 
+def test_steps_in_flight_keep_their_tokens_and_give_back_their_memory() -> None:
+    """Three steps are queued before the first is read, as often as one likes."""
+    sampler, cpu, requests = make_sampler(3), Sampler(EOS), make_batch()[:3:2]
+    addresses = set()
+    for turn in range(3):
+        logits = [make_logits(2, VOCAB_SIZE, seed=3 * turn + number) for number in range(3)]
+        handles = [sampler.launch(item.to(DEVICE, copy=True), requests, [0, 0]) for item in logits]
+        addresses |= {handle.copy.data_ptr() for handle in handles}
+        for handle, item in zip(handles, logits, strict=True):
+            assert_same(handle.result(), cpu.sample(item.clone(), requests))
+    assert len(addresses) == 3
+
+
+def test_what_a_batch_asks_for_is_not_that_of_the_batch_before() -> None:
+    """Requests change places and leave; ids come again with other parameters."""
+    sampler, cpu = make_sampler(), Sampler(EOS)
+    plain, edited = make_request(temperature=0.0), make_request(**OPTIONS[6])
+    reporting = make_request(temperature=0.0, logprobs=3)
+    for seed, batch in enumerate(
+        ([plain], [edited], [plain], [reporting, plain], [plain, reporting], [plain, edited])
+    ):
+        logits = make_logits(len(batch), VOCAB_SIZE, seed=seed)
+        assert_same(run(sampler, logits, batch), cpu.sample(logits.clone(), batch))
+        assert sampler.needs_history(batch) == (edited in batch)
+
+
 def test_steps_of_a_mixed_batch_equal_those_of_the_cpu_sampler() -> None:
     requests, device, cpu = make_batch(), make_sampler(), Sampler(EOS)
     # Few tokens are likely, so that they come again and penalties count.

@@ -6,6 +6,10 @@ their order, pending tokens, padding, pages, samplers, steps in flight. Few toke
 takes the interpreter a second; `test_gpu_engine.py` has the many.
 """
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,3 +161,69 @@ def test_a_mixed_load_gives_the_tokens_of_the_cpu_engine(pair: tuple[Engine, Eng
     assert_equal(run(engine, requests), run(reference, requests))
     assert engine.scheduler.num_preemptions_total > 0
     assert engine.runner.num_graph_replays > 0 and engine.runner.num_eager_steps > 0
+
+
+# By name: arguments of `write_checkpoint`, and options of `tests.engine.variants`.
+SERVED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # Six query heads, 202 fused outputs: nothing that is counted by rows starts on 16 bytes.
+    "mlp": (
+        {
+            "nsa": {"compression": "mlp", "cmp_hidden_size": 20, "window_size": 17},
+            "config": {"v_head_dim": 12},
+            "num_q_heads": 6,
+            "head_dim": 20,
+        },
+        {
+            "dtype": "float32",
+            "page_memory": 60 * PAGE_BYTES,
+            "max_num_seqs": 19,
+            "longest": 400,
+            "num_requests": 100,
+        },
+    ),
+    # Steps that end between two sizes that linear layers are compiled for.
+    "small steps": (
+        {},
+        {
+            "dtype": "bfloat16",
+            "page_memory": 60 * PAGE_BYTES,
+            "max_num_seqs": 7,
+            "max_num_batched_tokens": 30,
+            "longest": 400,
+            "num_requests": 40,
+        },
+    ),
+    # So many KV heads that one row is cut otherwise than two; contexts of three buckets.
+    "long": (
+        {
+            "nsa": {"cmp_len": 32, "cmp_stride": 16, "block_size": 64, "window_size": 128},
+            "num_q_heads": 15,
+            "num_kv_heads": 15,
+            "max_position_embeddings": 20_000,
+        },
+        {
+            "dtype": "float32",
+            "page_memory": 400 * PAGE_BYTES,
+            "max_num_seqs": 3,
+            "longest": 18_000,
+            "num_requests": 12,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_a_load_compiles_nothing_after_the_warm_up(tmp_path: Path, name: str) -> None:
+    """In a process of its own, which knows what a GPU would compile; the interpreter does not."""
+    arguments, options = SERVED[name]
+    folder = write_checkpoint(tmp_path / name, seed=3, num_layers=1, **arguments)
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tests.engine.variants", str(folder), json.dumps(options)]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert {"_decode_slc_kernel", "_prefill_cmp_kernel", "_draw_kernel"} <= set(report["kernels"])
+    assert report["num_graph_replays"] > 100 and report["num_eager_steps"] > 20
+    assert report["late"] == []

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nsa_serve.page_pool import NULL_PAGE, PagePool, hash_page, root_hash
+from nsa_serve.page_pool import NULL_PAGE, PagePool, hash_page, hash_pages, root_hash
 
 PAGE_SIZE = 3
 
@@ -192,6 +192,9 @@ def test_hash_depends_on_salt_parent_every_token_and_order() -> None:
     ]
     assert len(set(hashes)) == len(hashes)
     assert hash_page(root, (1, 2, 3)) == hashes[0]
+    second = hash_page(hashes[0], [4, 5, 6])
+    assert hash_pages(root, [1, 2, 3, 4, 5, 6], 3) == [hashes[0], second]
+    assert hash_pages(root, [], 3) == []
     assert {len(value) for value in hashes} == {32}
 
 

@@ -1,11 +1,15 @@
 """What a decode step finds on the device, after any history of steps before it."""
 
 import random
+from collections import Counter
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_kernels.gpu.decode_inputs import decode_inputs
+from nsa_serve import step_buffers
 from nsa_serve.cuda_graph import least_at_least, page_buckets, row_buckets
 from nsa_serve.request import Request, RequestStatus
 from nsa_serve.scheduler_output import ScheduledRow
@@ -91,7 +95,12 @@ class Simulation:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_row_finds_its_tokens_and_pages(seed: int) -> None:
+@pytest.mark.parametrize("max_sent_pages", [1, 1100, 1 << 20])
+def test_every_row_finds_its_tokens_and_pages(
+    seed: int, max_sent_pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole rows go one by one, two or three at once, or all at once."""
+    monkeypatch.setattr(step_buffers, "_MAX_SENT_PAGES", max_sent_pages)
     simulation = Simulation(seed)
     for _ in range(60):
         simulation.disturb()
@@ -113,6 +122,59 @@ def test_a_request_keeps_its_row_and_sends_one_page() -> None:
     simulation.buffers.fill(rows, {})
     assert int(simulation.buffers.packed[3, index]) == len(grown.pages) - 1
     assert int(simulation.buffers.packed[4, index]) == 77
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if not function.is_view:
+            self.counts[function.overloadpacket.__name__] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def test_rows_of_a_step_are_sent_in_one_copy_and_nothing_is_allocated() -> None:
+    """Thirty-two long requests begin to decode together; then each has its row."""
+    buffers = DecodeBuffers(max_num_rows=32, max_num_pages=4100, device=DEVICE)
+    requests = [make_request(f"r{number}", 5) for number in range(32)]
+    for number, request in enumerate(requests):
+        # Of many lengths, one of them a single page.
+        request.pages = [*range(1 + number, 2 + number + 127 * number)]
+    rows = [ScheduledRow(request, 4, 1, True) for request in requests]
+    for request in requests:
+        buffers.pages_of(request)
+    with Operations() as first:
+        buffers.fill(rows, {})
+    assert first.counts == {"copy_": 2, "index_copy_": 1}
+    for number, request in enumerate(requests):
+        assert buffers.page_table[number, : len(request.pages)].tolist() == request.pages
+    requests[7].pages.append(77)
+    with Operations() as second:
+        buffers.fill(rows, {})
+    assert second.counts == {"copy_": 1}
+
+
+def test_a_request_that_was_preempted_since_the_last_step_gets_its_new_pages() -> None:
+    """Its prompt ran again in a step that is not told here; it has as many pages as before."""
+    simulation = Simulation(0)
+    for _ in range(3):
+        simulation.arrive()
+    requests = simulation.running
+    rows = [ScheduledRow(request, request.num_tokens - 1, 1, True) for request in requests]
+    simulation.buffers.fill(rows, {})
+    requests[1].num_preemptions += 1
+    requests[1].pages = [page + 100 for page in requests[1].pages]
+    ordered = simulation.buffers.fill(rows, {})
+    for index, row in enumerate(ordered):
+        pages = row.request.pages
+        assert simulation.buffers.page_table[index, : len(pages)].tolist() == pages
+    assert simulation.buffers.packed[3, :3].tolist() == [-1, -1, -1]
 
 
 def test_pages_of_a_step_that_was_taken_back_are_sent_anew() -> None:

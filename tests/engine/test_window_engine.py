@@ -4,7 +4,6 @@ As test_invariants.py, for what window pages add. Every run is compared with the
 prompt in one piece, nothing cached.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,6 @@ from unittest import mock
 import pytest
 import torch
 
-from nsa_kernels.metadata import build_metadata
 from nsa_serve.config import EngineConfig, ModelConfig, make_config
 from nsa_serve.engine import Engine
 from nsa_serve.kv_cache import page_cost
@@ -23,11 +21,6 @@ from nsa_serve.models.families import load_model_config
 from nsa_serve.request import EngineRequest
 from tests.engine.engine_runs import Result, greedy, make_engine, make_prompt, run, run_alone, step
 from tests.util import random_weights
-
-pytestmark = pytest.mark.skipif(
-    "tail_slots" in inspect.signature(build_metadata).parameters,
-    reason="build_metadata files tails by row, not by window page",
-)
 
 # Windows of 8 tokens every 4, pages of 16, sliding windows of 24, selections of 64 tokens.
 LENGTHS = (1, 7, 8, 9, 15, 16, 17, 24, 25, 33, 47, 64, 65, 111, 129, 200)

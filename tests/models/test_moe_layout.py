@@ -151,7 +151,7 @@ def test_dummies_are_of_sensible_scale(tmp_path: Path) -> None:
     attn = "model.layers.1.self_attn.gate."
     hidden = torch.nn.functional.silu(x @ weights[attn + "fc1.weight"].T)
     gates = (hidden @ weights[attn + "fc2.weight"].T).sigmoid()
-    assert (gates - 0.5).abs().max() < 0.01
+    assert (gates - 0.5).abs().max() < 0.1
     probabilities = (x @ weights["model.layers.1.mlp.router.weight"].T).softmax(-1)
     used = probabilities.topk(2).indices.unique()
     assert len(used) > 56

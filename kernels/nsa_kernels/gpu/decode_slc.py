@@ -340,8 +340,12 @@ def _window_pages(spec: NSASpec) -> int:
     return (spec.window_size + spec.block_size - 2) // spec.block_size + 1
 
 
-# What changes from step to step must not compile the kernel anew.
-@triton.jit(do_not_specialize=["num_pages", "num_swa_pages", "table_width"])
+# What changes from step to step must not compile the kernel anew; the counters are the second half
+# of a tensor, which begins where the batch and the number of heads put it.
+@triton.jit(
+    do_not_specialize=["num_pages", "num_swa_pages", "table_width"],
+    do_not_specialize_on_alignment=["counters_ptr"],
+)
 def _decode_slc_kernel(
     q_ptr,  # [Nd, HQ, D]
     gates_ptr,  # [Nd, HQ, 3] or None
