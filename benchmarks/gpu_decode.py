@@ -209,6 +209,7 @@ class DecodeBench:
             "of_byte_floor": byte_floor_ms / ms,
             "step_ms_p50": percentile(gap_ms, 50),
             "step_ms_p99": percentile(gap_ms, 99),
+            "longest_steps_ms": sorted(gap_ms)[-6:],
             "first_s": first_s,
             "whole_s": whole_s,
             "num_tokens": num_tokens,
