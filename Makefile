@@ -55,7 +55,10 @@ bench-gpu: install-dev
 	  $(BIN)/python benchmarks/gpu_profile.py --model $$model --out $(RESULTS)/gpu-profile-$$model.json $(ARGS) || exit; \
 	done
 	$(BIN)/python benchmarks/serve.py --out $(RESULTS)/gpu-serve-a.json --plot $(RESULTS)/gpu-serve-a.png $(ARGS)
-	$(BIN)/python benchmarks/gpu_start.py --out $(RESULTS)/gpu-start-b.json $(ARGS)
+	$(BIN)/python benchmarks/gpu_decode.py --model moe --out $(RESULTS)/gpu-decode-moe.json $(ARGS)
+	for model in b moe; do \
+	  $(BIN)/python benchmarks/gpu_start.py --model $$model --out $(RESULTS)/gpu-start-$$model.json $(ARGS) || exit; \
+	done
 	$(BIN)/python benchmarks/gpu_fla.py --out $(RESULTS)/gpu-fla.json $(ARGS)
 	$(BIN)/python benchmarks/report.py
 

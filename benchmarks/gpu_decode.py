@@ -43,6 +43,7 @@ from gpu_models import (
     BYTES_PER_S,
     MODELS,
     BenchModel,
+    expected_experts,
     step_cache_bytes,
     step_weight_bytes,
     write_model,
@@ -195,6 +196,7 @@ class DecodeBench:
             print(f"warning: {hits} of {context} prompt tokens were cached", flush=True)
         ms, spread = step_ms(first_s, whole_s, num_tokens - 1)
         gap_ms = [gap * 1e3 for gap in gaps_s]
+        moe = self.loaded.moe
         weight_floor_ms, byte_floor_ms = self.floors_ms(context, num_rows)
         return {
             "context": context,
@@ -207,6 +209,7 @@ class DecodeBench:
             "of_weight_floor": weight_floor_ms / ms,
             "byte_floor_ms": byte_floor_ms,
             "of_byte_floor": byte_floor_ms / ms,
+            "expected_experts": moe and expected_experts(moe, num_rows),
             "step_ms_p50": percentile(gap_ms, 50),
             "step_ms_p99": percentile(gap_ms, 99),
             "longest_steps_ms": sorted(gap_ms)[-6:],
@@ -342,7 +345,8 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
                 result["decode"].append({**row, **bars})
                 show("decode", result["decode"][-1])
         else:
-            result["decode"].append({**row, **bars, "skipped": reason})
+            nothing = dict.fromkeys(("ms_per_step", "tokens_per_s", "of_byte_floor"))
+            result["decode"].append({**row, **nothing, **bars, "skipped": reason})
             show("decode", result["decode"][-1])
         write_result(options.out, result)
     bench.llm.close()

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from nsa_serve.config import ModelConfig
+from nsa_serve.config import ModelConfig, MoEConfig
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.dummy_weights import draw
 from nsa_serve.models.families import checkpoint_name, load_model_config
@@ -246,6 +246,15 @@ def write_weights(folder: Path, *, device: str, shard_bytes: int = SHARD_BYTES) 
     return total
 
 
+def expected_experts(moe: MoEConfig, num_rows: int) -> float:
+    """Return the distinct experts that a layer is expected to use when all are equally likely.
+
+    E (1 - (1 - k / E)^rows): an expert is left out by each row, independently, at 1 - k / E.
+    """
+    missed = 1 - moe.num_experts_per_token / moe.num_experts
+    return float(moe.num_experts * (1 - missed**num_rows))
+
+
 def step_weight_bytes(config: ModelConfig, weight_bytes: int, num_rows: int | None = None) -> float:
     """Return the bytes of weights that a decode step reads, of `weight_bytes` that are loaded.
 
@@ -258,7 +267,7 @@ def step_weight_bytes(config: ModelConfig, weight_bytes: int, num_rows: int | No
         read -= 2 * math.prod(expected_weights(config)[EMBEDDING])
     if config.moe is not None and num_rows is not None:
         moe = config.moe
-        unused = moe.num_experts * (1 - moe.num_experts_per_token / moe.num_experts) ** num_rows
+        unused = moe.num_experts - expected_experts(moe, num_rows)
         expert = 3 * config.hidden_size * moe.expert_intermediate_size
         read -= 2 * unused * expert * (config.num_layers - moe.num_dense_layers)
     return read

@@ -9,13 +9,14 @@ HOW_TO_RUN = """\
 On a machine with the GPU, from the repository's root; each writes its result after every part:
 
 ```console
-$ for m in a b; do python benchmarks/gpu_decode.py --model $m \\
+$ for m in a b moe; do python benchmarks/gpu_decode.py --model $m \\
     --out benchmarks/results/gpu-decode-$m.json; done
 $ for m in a b; do python benchmarks/gpu_profile.py --model $m \\
     --out benchmarks/results/gpu-profile-$m.json; done
 $ python benchmarks/serve.py --model a --out benchmarks/results/gpu-serve-a.json \\
     --plot benchmarks/results/gpu-serve-a.png
-$ python benchmarks/gpu_start.py --model b --out benchmarks/results/gpu-start-b.json
+$ for m in b moe; do python benchmarks/gpu_start.py --model $m \\
+    --out benchmarks/results/gpu-start-$m.json; done
 $ python benchmarks/gpu_fla.py --out benchmarks/results/gpu-fla.json
 $ python benchmarks/report.py
 ```
@@ -78,8 +79,10 @@ def _speed(results: list[dict[str, Any]], _paths: list[Path]) -> str:
         "Random weights and prompts, bf16 unless it says otherwise, through `LLM.generate`: ms a "
         "step = (time of 129 tokens - time of 1 token) / 128, greedy, prompts in the prefix "
         "cache, medians. Bar: what was set as the goal. Dense: vLLM 0.24, dense twin of the same "
-        "shape, same GPU. Floor: the bytes of the weights alone at 4.25 TB/s. p50 and p99 are "
-        "of the time between steps in the same runs.\n",
+        "shape, same GPU. Floor: the bytes of the weights alone at 4.25 TB/s; byte floor: with "
+        "those of the cache. Of E experts, k a token, a step of B rows is expected to read "
+        "E (1 - (1 - k / E)^B) in each layer, as if all were equally likely. p50 and p99 are of "
+        "the time between steps in the same runs.\n",
     ]
     for result in results:
         parts += [f"**{result['title']}**{_settings(result)}. {_origin(result)}\n", _decode(result)]
@@ -98,11 +101,18 @@ def _speed(results: list[dict[str, Any]], _paths: list[Path]) -> str:
 
 
 def _decode(result: dict[str, Any]) -> str:
+    # Columns that only models with experts need, and older results do not have.
+    more: tuple[tuple[str, str, str], ...] = ()
+    if any(row.get("expected_experts") for row in result["decode"]):
+        more = (
+            ("of the byte floor", "of_byte_floor", "{:.0%}"),
+            ("distinct experts expected", "expected_experts", "{:.1f}"),
+        )
     rows = []
     for row in result["decode"]:
         name = f"{_context(row['context'])} x {row['rows']}"
         if row.get("skipped"):
-            rows.append([name, row["skipped"], *["-"] * 7])
+            rows.append([name, row["skipped"], *["-"] * (7 + len(more))])
             continue
         if row["num_sampled"]:
             name += f", {row['num_sampled']} at temperature 0.8, top-p 0.95"
@@ -118,10 +128,11 @@ def _decode(result: dict[str, Any]) -> str:
                 "-" if dense is None else f"{dense / row['ms_per_step']:.2f}x",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['of_weight_floor']:.0%}",
+                *(_number(row[field], form) for _, field, form in more),
             ]
         )
     header = ["context x rows", "ms a step", "p50", "p99", "bar", "dense", "against dense"]
-    return table([*header, "tokens/s", "of the floor"], rows)
+    return table([*header, "tokens/s", "of the floor", *(name for name, _, _ in more)], rows)
 
 
 def _profile(results: list[dict[str, Any]], _paths: list[Path]) -> str:

@@ -1,6 +1,6 @@
 """A mixture-of-experts layer against the matrix library, the grouped product and a dense layer.
 
-    python kernels/bench/moe.py [--tune] [--rows 1 8 32 256 8192] [--out FILE.json]
+    python kernels/bench/moe.py [--tune] [--tiny] [--rows 1 8 32 512 4096] [--out FILE.json]
 
 The shape of the 27B preset: hidden 2560, 72 experts of width 1472, 6 a token, 2 shared. Times are
 of a call from a CUDA graph over several layers and inputs, which L2 does not hold:
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ import torch
 from linear import compile_only
 from timing import Timing, finish, make_parser, time_graph
 from torch import Tensor
+from trial import start_trial
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nsa_kernels.gpu import moe
@@ -51,11 +53,9 @@ from nsa_kernels.gpu.moe_prefill import (
 from nsa_kernels.gpu.moe_route import sort_pairs
 from nsa_kernels.gpu.pointwise import swiglu
 
-HIDDEN, WIDTH, NUM_EXPERTS, TOP_K, NUM_SHARED = 2560, 1472, 72, 6, 2
 EPS = 1e-6
-ROWS = (1, 8, 32, 256, 8192)
+ROWS = (1, 8, 32, 512, 4096)
 NUM_LAYERS, NUM_INPUTS = 3, 4
-BF16 = torch.bfloat16
 # (block_n, slice_k, num_warps, num_stages, is_wide) of few rows, by the rows of x in a tile.
 FEW_TILES: dict[int, list[tuple[Any, ...]]] = {
     8: [
@@ -112,26 +112,55 @@ GROUPED_TILES: tuple[list[tuple[int, ...]], list[tuple[int, ...]]] = (
 Tile = ExpertTile | GroupedTile
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Sizes of a layer, by default those of the preset of 27B."""
+
+    hidden: int = 2560
+    width: int = 1472
+    num_experts: int = 72
+    top_k: int = 6
+    num_shared: int = 2
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cuda"
+
+
+# For a trial on the CPU; the interpreter is right in fp32 only.
+TINY = Shape(hidden=64, width=32, num_experts=8, top_k=2, dtype=torch.float32, device="cpu")
+TINY_ROWS = (1, 3, MAX_FEW_ROWS + 1)
+
+
 class Layer:
     """Random weights of one layer on a device, of the scale that a decoder's have."""
 
-    def __init__(self, device: str) -> None:
-        def some(*shape: int) -> Tensor:
-            values = torch.empty(shape, dtype=BF16, device=device)
-            return values if device == "meta" else values.normal_(0.0, shape[-1] ** -0.5)
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        hidden, width, experts = shape.hidden, shape.width, shape.num_experts
+        dtype, device = shape.dtype, shape.device
 
-        self.norm = (torch.ones(HIDDEN, dtype=BF16, device=device), EPS)
-        self.router = some(NUM_EXPERTS, HIDDEN)
-        self.gate_up = some(NUM_EXPERTS, 2 * WIDTH, HIDDEN)
-        self.down = some(NUM_EXPERTS, HIDDEN, WIDTH)
-        self.shared_gate_up = some(2 * NUM_SHARED * WIDTH, HIDDEN)
-        self.shared_down = some(HIDDEN, NUM_SHARED * WIDTH)
-        dense = (TOP_K + NUM_SHARED) * WIDTH
-        self.dense_gate_up, self.dense_down = some(2 * dense, HIDDEN), some(HIDDEN, dense)
+        def some(*sizes: int) -> Tensor:
+            values = torch.empty(sizes, dtype=dtype, device=device)
+            return values if device == "meta" else values.normal_(0.0, sizes[-1] ** -0.5)
+
+        self.norm = (torch.ones(hidden, dtype=dtype, device=device), EPS)
+        self.router = some(experts, hidden)
+        self.gate_up = some(experts, 2 * width, hidden)
+        self.down = some(experts, hidden, width)
+        self.shared_gate_up = some(2 * shape.num_shared * width, hidden)
+        self.shared_down = some(hidden, shape.num_shared * width)
+        dense = (shape.top_k + shape.num_shared) * width
+        self.dense_gate_up, self.dense_down = some(2 * dense, hidden), some(hidden, dense)
         self.counters = torch.zeros(MAX_FEW_ROWS, dtype=torch.int32, device=device)
 
+    def rows(self, num_rows: int) -> Tensor:
+        """Random inputs of the layer."""
+        shape = self.shape
+        return torch.randn(num_rows, shape.hidden, dtype=shape.dtype, device=shape.device)
+
     def route(self, x: Tensor, *, early: bool = False) -> moe.Routing:
-        return moe.route(x, self.norm, self.router, TOP_K, counters=self.counters, launch_pdl=early)
+        return moe.route(
+            x, self.norm, self.router, self.shape.top_k, counters=self.counters, launch_pdl=early
+        )
 
     def run(self, x: Tensor, *, early: bool = False) -> Tensor:
         """The whole layer, as `TritonMoE` runs it."""
@@ -150,7 +179,7 @@ class Layer:
         return moe.routed_experts(routing, self.gate_up, self.down, residual=residual)
 
     def by_torch(self, routing: moe.Routing, residual: Tensor) -> Tensor:
-        pairs, ends = sort_pairs(routing.expert_ids, NUM_EXPERTS)
+        pairs, ends = sort_pairs(routing.expert_ids, self.shape.num_experts)
         parts = experts_by_torch(routing.hidden, pairs, ends, self.gate_up, self.down)
         return sum_experts(
             parts,
@@ -166,7 +195,7 @@ class Layer:
         used = []
         for expert in routing.expert_ids.unique().tolist():
             tokens, ranks = (routing.expert_ids == expert).nonzero(as_tuple=True)
-            weights = routing.weights[tokens, ranks].unsqueeze(1).to(BF16)
+            weights = routing.weights[tokens, ranks].unsqueeze(1).to(self.shape.dtype)
             used.append((expert, tokens, weights))
 
         def run() -> Tensor:
@@ -181,26 +210,28 @@ class Layer:
 
     def product(self, routing: moe.Routing, which: int, tile: Tile) -> Tensor:
         """Both products, of which number `which` has this tile and the other that of the table."""
-        x, ids = routing.hidden, routing.expert_ids
+        x, ids, dtype = routing.hidden, routing.expert_ids, self.shape.dtype
         if isinstance(tile, ExpertTile):
-            few = [expert_tile(len(x), BF16)] * 2
+            few = [expert_tile(len(x), dtype)] * 2
             few[which] = tile
             return experts_of_few(
                 x, ids, self.gate_up, self.down, tiles=(few[0], few[1]), launch_pdl=False
             )
-        many = list(grouped_tiles(ids.numel(), NUM_EXPERTS, BF16))
+        many = list(grouped_tiles(ids.numel(), self.shape.num_experts, dtype))
         many[which] = tile
-        pairs, ends = sort_pairs(ids, NUM_EXPERTS)
+        pairs, ends = sort_pairs(ids, self.shape.num_experts)
         return experts_of_many(x, pairs, ends, self.gate_up, self.down, tiles=(many[0], many[1]))
 
 
 def candidates(num_rows: int, which: int) -> list[Tile]:
     """Every tile to try for a product of so many rows, that of the table first."""
     if num_rows > MAX_FEW_ROWS:
-        table: Tile = grouped_tiles(num_rows * TOP_K, NUM_EXPERTS, BF16)[which]
+        shape = Shape()
+        num_pairs = num_rows * shape.top_k
+        table: Tile = grouped_tiles(num_pairs, shape.num_experts, shape.dtype)[which]
         found: list[Tile] = [GroupedTile(*sizes) for sizes in GROUPED_TILES[which]]
     else:
-        few = expert_tile(num_rows, BF16)
+        few = expert_tile(num_rows, Shape().dtype)
         table, found = few, [ExpertTile(few.block_m, *s) for s in FEW_TILES[few.block_m]]
     return list(dict.fromkeys([table, *found]))
 
@@ -223,14 +254,15 @@ def compile_share(work: list[tuple[int, int, Tile | None, bool]], part: str) -> 
     """Compile number i, i + n, ... of `work`, where part is "i/n"."""
     index, count = (int(number) for number in part.split("/"))
     with compile_only():
-        layer = Layer("meta")
+        shape = Shape(device="meta")
+        layer = Layer(shape)
         for num_rows, which, tile, early in work[index::count]:
-            x = torch.empty(num_rows, HIDDEN, dtype=BF16, device="meta")
+            x = torch.empty(num_rows, shape.hidden, dtype=shape.dtype, device="meta")
             try:
                 if tile is None:
                     layer.run(x, early=early)
                     layer.dense(x)
-                    sort_pairs(layer.route(x).expert_ids, NUM_EXPERTS)
+                    sort_pairs(layer.route(x).expert_ids, shape.num_experts)
                 else:
                     layer.product(layer.route(x), which, tile)
             except Exception as error:  # the bench will meet it again, and say so
@@ -255,11 +287,7 @@ class Inputs:
     def __init__(self, layers: list[Layer], num_rows: int) -> None:
         # Many rows use all experts: one set of them is enough.
         num_inputs = NUM_INPUTS if num_rows <= MAX_FEW_ROWS else 1
-        self.sets = [
-            (layer, torch.randn(num_rows, HIDDEN, dtype=BF16, device="cuda"))
-            for _ in range(num_inputs)
-            for layer in layers
-        ]
+        self.sets = [(layer, layer.rows(num_rows)) for _ in range(num_inputs) for layer in layers]
         self.routings = [layer.route(x) for layer, x in self.sets]
         used = [routing.expert_ids.unique().numel() for routing in self.routings]
         self.num_used = sum(used) / len(used)
@@ -271,19 +299,21 @@ class Inputs:
             for (layer, x), routing in zip(self.sets, self.routings, strict=True)
         ]
         timing: Timing = time_graph(calls, min_calls=len(calls), budget_s=0.02)
-        if timing.how != "graph":
+        if timing.how not in ("graph", "host"):
             print(f"not in a graph: {timing.how}")
         return timing.ms * 1e3
 
 
-def floor_us(num_rows: int, num_used: float, args: argparse.Namespace) -> tuple[float, float]:
+def floor_us(
+    shape: Shape, num_rows: int, num_used: float, args: argparse.Namespace
+) -> tuple[float, float]:
     """(least time of the layer, of its routed experts): weights read once, or products."""
-    expert = 3 * HIDDEN * WIDTH
-    rest = NUM_SHARED * expert + NUM_EXPERTS * HIDDEN
+    expert = 3 * shape.hidden * shape.width
+    rest = shape.num_shared * expert + shape.num_experts * shape.hidden
     found = []
     for weights, products in (
-        (num_used * expert + rest, num_rows * (TOP_K * expert + rest)),
-        (num_used * expert, num_rows * TOP_K * expert),
+        (num_used * expert + rest, num_rows * (shape.top_k * expert + rest)),
+        (num_used * expert, num_rows * shape.top_k * expert),
     ):
         found.append(max(2 * weights / args.bandwidth, 2 * products / args.flops) * 1e6)
     return found[0], found[1]
@@ -300,7 +330,7 @@ def measure(layers: list[Layer], num_rows: int, args: argparse.Namespace) -> dic
         "torch": lambda layer, x, routing: lambda: layer.by_torch(routing, x),
         "dense": lambda layer, x, _: lambda: layer.dense(x),
     }
-    if num_rows <= MAX_FEW_ROWS:
+    if num_rows <= MAX_FEW_ROWS and layers[0].shape.device == "cuda":
         ways["early"] = lambda layer, x, _: lambda: layer.run(x, early=True)
     us: dict[str, float | None] = {}
     for name, make in ways.items():
@@ -308,9 +338,10 @@ def measure(layers: list[Layer], num_rows: int, args: argparse.Namespace) -> dic
             us[name] = round(inputs.us(make), 2)
         except Exception as error:
             print(f"{name} of {num_rows} rows: {type(error).__name__}: {error}"[:300])
-            torch.cuda.synchronize()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
             us[name] = None
-    layer_floor, experts_floor = floor_us(num_rows, inputs.num_used, args)
+    layer_floor, experts_floor = floor_us(layers[0].shape, num_rows, inputs.num_used, args)
     record = {
         "rows": num_rows,
         "distinct_experts": round(inputs.num_used, 1),
@@ -366,8 +397,8 @@ def tune(layers: list[Layer], num_rows: int) -> list[dict[str, Any]]:
 
 def check(layers: list[Layer]) -> None:
     """Compare few rows, many rows and the matrix library; raise SystemExit where they differ."""
-    for num_rows in (8, 300):
-        x = torch.randn(num_rows, HIDDEN, dtype=BF16, device="cuda")
+    for num_rows in (8, MAX_FEW_ROWS + 1):
+        x = layers[0].rows(num_rows)
         routing, nothing = layers[0].route(x), torch.zeros_like(x)
         expected = layers[0].loop(routing, nothing)().double()
         for name in ("experts", "by_torch"):
@@ -381,7 +412,7 @@ def check(layers: list[Layer]) -> None:
 def run_all(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that runs on the GPU."""
     torch.manual_seed(0)
-    layers = [Layer("cuda") for _ in range(NUM_LAYERS)]
+    layers = [Layer(TINY if args.tiny else Shape()) for _ in range(1 if args.tiny else NUM_LAYERS)]
     check(layers)
     tuned: list[dict[str, Any]] = []
     if args.tune:
@@ -393,7 +424,8 @@ def run_all(args: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Compile, tune if asked, measure, and print lines and JSON."""
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS))
+    parser.add_argument("--rows", nargs="+", type=int)
+    parser.add_argument("--tiny", action="store_true", help="a trial of a tiny layer, no GPU")
     parser.add_argument("--tune", action="store_true", help="time every candidate tile")
     parser.add_argument("--bandwidth", type=float, default=4.25e12, help="bytes a second")
     parser.add_argument("--flops", type=float, default=800e12, help="bf16 products, a second")
@@ -401,8 +433,11 @@ def main() -> None:
     parser.add_argument("--part", help="i/n: only compile this share")
     args = parser.parse_args()
     started = time.perf_counter()
-    if args.quick:
-        args.rows = [rows for rows in args.rows if rows in (1, 32, 8192)] or args.rows
+    args.rows = args.rows or list(TINY_ROWS if args.tiny else (1, 32, 4096) if args.quick else ROWS)
+    if args.tiny:
+        start_trial()
+        finish("moe", run_all(args), out=args.out, started=started)
+        return
     if args.part:
         compile_share(jobs(args.rows, tune=args.tune), args.part)
         return

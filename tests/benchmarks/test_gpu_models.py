@@ -1,5 +1,6 @@
 """The models of the GPU benchmarks are what their tables say, and load like any checkpoint."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from gpu_fla import window_attention, window_attention_varlen
 from gpu_models import (
     MODELS,
+    expected_experts,
     make_tokenizer,
     step_cache_bytes,
     step_weight_bytes,
@@ -19,6 +21,7 @@ from gpu_models import (
 )
 from report_gpu import gpu_section
 
+from nsa_serve.config import MoEConfig
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import checkpoint_name, load_model_config
 from nsa_serve.models.safetensors_files import read_weight_index
@@ -198,3 +201,19 @@ def test_the_report_has_bars_and_says_what_was_skipped(tmp_path: Path) -> None:
     assert "| 2k x 8 | 1.00 | 0.98 | - | 1.1 | 2.00 | 2.00x | 8,000 | 57% |" in text
     assert "| 2k x 32 | too many pages |" in text
     assert "| a (quantization fp8) | 2k x 8 | 123,456 | 250,000 | - |" in text
+
+
+def test_expected_experts_is_the_mean_over_every_choice_of_every_row() -> None:
+    moe = MoEConfig(
+        num_experts=5,
+        num_experts_per_token=2,
+        num_shared_experts=0,
+        expert_intermediate_size=8,
+        num_dense_layers=0,
+    )
+    choices = list(itertools.combinations(range(5), 2))
+    for num_rows in (1, 2, 3):
+        used = [
+            len({*itertools.chain(*rows)}) for rows in itertools.product(choices, repeat=num_rows)
+        ]
+        assert expected_experts(moe, num_rows) == pytest.approx(sum(used) / len(used), rel=1e-12)

@@ -38,6 +38,14 @@ def prefill_block_q(group_size: int) -> int:
     return max(1, PREFILL_ROWS // block_h(group_size))
 
 
+def split_dim(dim: int) -> tuple[int, int]:
+    """Cover `dim` with one power of two, or with two when that wastes less: 192 = 128 + 64."""
+    whole = max(16, triton.next_power_of_2(dim))
+    low = whole // 2
+    high = max(16, triton.next_power_of_2(dim - low)) if dim > low else low
+    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
+
+
 def score_tile_entries(entries_per_page: int) -> int:
     """Flat compressed entries of one score tile; a multiple of the entries of two pages."""
     return max(64, 2 * entries_per_page)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E
+from nsa_kernels.gpu.common import LOG2E, split_dim
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_ops import Gates
@@ -95,7 +95,7 @@ def default_config(
         head_tile = 8
     num_groups *= triton.cdiv(num_q_heads // num_kv_heads, head_tile)
 
-    small = head_tile <= 16 and max(head_dim, v_head_dim) <= 128 and not is_fp32
+    small = head_tile <= 16 and head_dim <= 192 and v_head_dim <= 128 and not is_fp32
     # Two programs a multiprocessor; three, where registers allow, if a row's work would else be cut
     # in the two kinds only: the selected blocks are nearly twice the window.
     programs = 2 * num_sms // num_groups
@@ -248,6 +248,7 @@ def decode_slc(
             f"counters must hold {num_rows * num_kv_heads * head_tiles} values, "
             f"got {counters.numel()}"
         )
+    low_d, high_d = split_dim(head_dim)
     block_n = config.block_n
     slc_tiles = triton.cdiv(width * block_size, block_n)
     swa_tiles = triton.cdiv(_window_pages(spec) * block_size, block_n)
@@ -302,7 +303,8 @@ def decode_slc(
         HEAD_TILE=head_tile,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=low_d,
+        BLOCK_D2=high_d,
         BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
         BLOCK_SIZE=block_size,
         NUM_SELECTED=spec.num_selected_blocks,
@@ -382,6 +384,7 @@ def _decode_slc_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -432,7 +435,7 @@ def _decode_slc_kernel(
     offs_m = tl.arange(0, ROWS)
     mask_m = (offs_m < HEAD_TILE) & (head_start + offs_m < GROUP_SIZE)
     q_ptrs = q_ptr + row * stride_qt + (kv_head * GROUP_SIZE + head_start) * stride_qh
-    q_ptrs += offs_m[:, None] * stride_qh + tl.arange(0, BLOCK_D)[None, :]
+    q_ptrs += offs_m * stride_qh
     selected = (row * NUM_KV_HEADS + kv_head) * WIDTH
     if role < CMP_PROGRAMS:
         if WITH_CMP and CMP_PROGRAMS > 0:
@@ -472,6 +475,7 @@ def _decode_slc_kernel(
                 HEAD_DIM,
                 V_HEAD_DIM,
                 BLOCK_D,
+                BLOCK_D2,
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
@@ -507,6 +511,7 @@ def _decode_slc_kernel(
                 HEAD_DIM,
                 V_HEAD_DIM,
                 BLOCK_D,
+                BLOCK_D2,
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
@@ -632,6 +637,7 @@ def _attend_selected(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -654,12 +660,12 @@ def _attend_selected(
     exists = first_item + offs_i < WIDTH
     if WAIT:
         # As late as possible: what does not depend on the selection is then on its way.
-        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+        q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
         tl.extra.cuda.gdc_wait()
     blocks = tl.load(blocks_ptr + first_item + offs_i, mask=exists, other=-1)
     pages = tl.load(pages_ptr + first_item + offs_i, mask=exists, other=0)
     if not WAIT:
-        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+        q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
     for i in range(tl.where(seq_len > 0, NUM_TILES, 0)):
         item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
         if BLOCK_N <= BLOCK_SIZE:
@@ -675,7 +681,7 @@ def _attend_selected(
         if CHECK:
             in_range = (page >= 0) & (page < num_pages)
             tl.device_assert(in_range | (block < 0), "block_pages out of range")
-        k, v = _load_kv(
+        k, k2, v = _load_kv(
             k_ptr,
             v_ptr,
             kv_head,
@@ -686,12 +692,13 @@ def _attend_selected(
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
+            BLOCK_D2,
             BLOCK_DV,
             BLOCK_SIZE,
             BLOCK_N,
         )
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        s = _scores(q, k, qk_scale)
+        v = v.to(q.dtype)
+        s = _scores(q, q2, k, k2, qk_scale, BLOCK_D2)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
     slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
     _store_partial(o_ptr, lse_ptr, slots, mask_m, m_i, l_i, acc, V_HEAD_DIM, BLOCK_DV)
@@ -720,6 +727,7 @@ def _attend_window(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -751,7 +759,7 @@ def _attend_window(
         pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
     if SHARED:
         m_slc, l_slc, acc_slc = m_i, l_i, acc
-    q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+    q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
     used_tiles = ((num_blocks - first_block) * BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
     num_tiles = NUM_TILES
     if LONG:
@@ -767,7 +775,7 @@ def _attend_window(
         visible = (token >= window_start) & (token < seq_len)
         if CHECK:
             tl.device_assert((page >= 0) & (page < num_pages), "window page out of range")
-        k, v = _load_kv(
+        k, k2, v = _load_kv(
             k_ptr,
             v_ptr,
             kv_head,
@@ -778,12 +786,13 @@ def _attend_window(
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
+            BLOCK_D2,
             BLOCK_DV,
             BLOCK_SIZE,
             BLOCK_N,
         )
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        s = _scores(q, k, qk_scale)
+        v = v.to(q.dtype)
+        s = _scores(q, q2, k, k2, qk_scale, BLOCK_D2)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
         if SHARED:
             chosen = visible & (block >= local_block)
@@ -823,10 +832,26 @@ def _local_block(
 
 
 @triton.jit
-def _load_q(q_ptrs, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load the queries, 0 outside. After the page ids: whoever needs q first waits for it."""
-    mask_d = tl.arange(0, BLOCK_D) < HEAD_DIM
-    return tl.load(q_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+def _load_q(
+    q_ptrs,
+    mask_m,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+):
+    """Load the queries in two parts, 0 outside; the second is the first where BLOCK_D2 is 0.
+
+    After the page ids: whoever needs q first waits for it.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptrs[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    q2 = q
+    if BLOCK_D2 > 0:
+        offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
+        mask = mask_m[:, None] & (offs_d2 < HEAD_DIM)[None, :]
+        q2 = tl.load(q_ptrs[:, None] + offs_d2[None, :], mask=mask, other=0.0)
+    return q, q2
 
 
 @triton.jit
@@ -871,34 +896,47 @@ def _load_kv(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Load a tile's keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV], 0 where not visible."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    """Load a tile's keys [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_D2], and values [.., BLOCK_DV].
+
+    0 where not visible. The second part of the keys is the first where BLOCK_D2 is 0.
+    """
     start = (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
     if BLOCK_N <= BLOCK_SIZE:
-        k_ptrs = k_ptr + start * HEAD_DIM + offs[:, None] * HEAD_DIM + offs_d[None, :]
-        v_ptrs = v_ptr + start * V_HEAD_DIM + offs[:, None] * V_HEAD_DIM + offs_dv[None, :]
+        k_rows = k_ptr + start * HEAD_DIM + offs * HEAD_DIM
+        v_rows = v_ptr + start * V_HEAD_DIM + offs * V_HEAD_DIM
     else:
-        k_ptrs = k_ptr + (start + offs)[:, None] * HEAD_DIM + offs_d[None, :]
-        v_ptrs = v_ptr + (start + offs)[:, None] * V_HEAD_DIM + offs_dv[None, :]
-    mask_k = visible[:, None]
-    mask_v = visible[:, None]
-    # A mask along the row would keep the compiler from 16-byte copies of an even one.
-    if BLOCK_D != HEAD_DIM:
-        mask_k = mask_k & (offs_d[None, :] < HEAD_DIM)
-    if BLOCK_DV != V_HEAD_DIM:
-        mask_v = mask_v & (offs_dv[None, :] < V_HEAD_DIM)
-    return tl.load(k_ptrs, mask=mask_k, other=0.0), tl.load(v_ptrs, mask=mask_v, other=0.0)
+        k_rows = k_ptr + (start + offs) * HEAD_DIM
+        v_rows = v_ptr + (start + offs) * V_HEAD_DIM
+    k = _load_tile(k_rows, visible, 0, BLOCK_D, HEAD_DIM)
+    k2 = k
+    if BLOCK_D2 > 0:
+        k2 = _load_tile(k_rows, visible, BLOCK_D, BLOCK_D2, HEAD_DIM)
+    return k, k2, _load_tile(v_rows, visible, 0, BLOCK_DV, V_HEAD_DIM)
 
 
 @triton.jit
-def _scores(q, k, qk_scale):
+def _load_tile(rows, visible, FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Load BLOCK columns from FIRST on, at row pointers [N]; 0 where not visible or past DIM."""
+    offs = FIRST + tl.arange(0, BLOCK)
+    mask = visible[:, None]
+    # A mask along the row would keep the compiler from 16-byte copies of an even one.
+    if FIRST + BLOCK > DIM:
+        mask = mask & (offs < DIM)[None, :]
+    return tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(q, q2, k, k2, qk_scale, BLOCK_D2: tl.constexpr):
     """Score a tile's keys in base 2: [M, BLOCK_N]."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if BLOCK_D2 > 0:
+        s = tl.dot(q2, tl.trans(k2.to(q.dtype)), s, input_precision="ieee")
+    return s * qk_scale
 
 
 @triton.jit

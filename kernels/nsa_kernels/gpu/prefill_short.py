@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q
+from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q, split_dim
 from nsa_kernels.gpu.prefill_merge import _gate
-from nsa_kernels.gpu.prefill_swa import SwaTuning, _load_pages, _split_dim
+from nsa_kernels.gpu.prefill_swa import SwaTuning, _load_pages
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_ops import Gates
@@ -285,7 +285,7 @@ def prefill_short(
             check_shape(name, branch, shape)
     group_size = num_q_heads // num_kv_heads
     tuning = tuning or default_tuning(head_dim, v_head_dim, q.dtype)
-    block_d, block_d2 = _split_dim(head_dim)
+    block_d, block_d2 = split_dim(head_dim)
     if tile_rows.shape[0] == 0:
         return
     g_cmp, g_slc, g_swa = (0.0, 0.0, 0.0) if isinstance(gates, Tensor) else gates
