@@ -95,7 +95,9 @@ class WindowPages:
         # Hashes stand for known tokens: a page with a pending one is not published.
         for page, page_hash in zip(passed, request.page_hashes[start:stop], strict=False):
             self.pool.register(page, page_hash)
-        self.pool.release(passed)
+        # First out: a long prompt passes more pages than the pool keeps, and a prefix is found by
+        # its last ones, those that requests end with.
+        self.pool.release(passed, first_out=True)
         pages[start:stop] = [NULL_PAGE] * len(passed)
 
     def publish(self, request: Request, *, start: int, stop: int) -> None:

@@ -6,7 +6,7 @@ from unittest.mock import patch
 
 import pytest
 
-from nsa_serve.collector import rare_full_collections, set_aside
+from nsa_serve.collector import rare_full_collections, set_aside, tame_collector
 from nsa_serve.llm import LLM
 from nsa_serve.request import SamplingParams, TokenOutput
 from tests.util import write_checkpoint
@@ -19,6 +19,18 @@ def test_thresholds_are_put_back() -> None:
         raise RuntimeError("stop")
     assert inside[:2] == before[:2] and inside[2] > before[2]
     assert gc.get_threshold() == before
+
+
+@pytest.mark.parametrize("rarer", [1, 100])
+def test_what_a_process_loaded_is_left_out(rarer: int) -> None:
+    before = gc.get_threshold()
+    try:
+        tame_collector(rarer)
+        assert gc.get_freeze_count() > 1000
+        assert gc.get_threshold() == (*before[:2], rarer * before[2])
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
 def test_what_is_set_aside_is_not_walked_until_the_end() -> None:
