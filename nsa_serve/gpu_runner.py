@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nsa_kernels.gpu.decode_inputs import decode_inputs
-from nsa_kernels.gpu.linear import ROW_CLASSES
 from nsa_kernels.gpu.plan import GpuPlan, plan_decode
+from nsa_kernels.gpu.skinny import ROW_CLASSES
 from nsa_kernels.metadata import AttnMetadata, build_metadata
 from nsa_serve.batch import PromptSpan, build_batch
 from nsa_serve.config import EngineConfig

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nsa_kernels.gpu import moe
-from nsa_kernels.gpu.linear import Rotary, linear
+from nsa_kernels.gpu.linear import linear
 from nsa_kernels.gpu.linear_fp8 import linear_fp8
+from nsa_kernels.gpu.linear_tile import Rotary
 from nsa_kernels.gpu.plan import GpuPlan
 from nsa_kernels.ops import AttnPlan, CompressionMLP, LayerCache
 from nsa_serve.config import ModelConfig

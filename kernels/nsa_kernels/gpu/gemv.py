@@ -12,15 +12,13 @@ Legend: M rows of x, K inputs, N outputs (2I rows of W for swiglu: [gate; up]), 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nsa_kernels.gpu.linear import Rotary
+from nsa_kernels.gpu.linear_tile import Rotary
 
 # Inputs that the lanes of a warp take at once, 16 bytes each.
 LANES_K = 256
@@ -176,7 +174,7 @@ def launch_gemv(
     norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
     swiglu: bool,
-    rotary: "Rotary | None",
+    rotary: Rotary | None,
     out: Tensor,
     *,
     config: GemvConfig,

@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS, row_class
+from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS
 from nsa_kernels.gpu.moe_route import sort_pairs
+from nsa_kernels.gpu.skinny import row_class
 
 MAX_FEW_ROWS = MAX_SKINNY_ROWS
 
