@@ -343,7 +343,8 @@ def test_what_starts_early() -> None:
     large, narrow = (torch.empty(size, device="meta") for size in ((4096, 14336), (16384, 2048)))
     early = [num_rows for num_rows in range(1, 65) if starts_early(num_rows, large)]
     assert early == list(range(2, 17))
-    assert not any(starts_early(num_rows, narrow) for num_rows in range(1, 65))
+    early = [num_rows for num_rows in range(1, 65) if starts_early(num_rows, narrow)]
+    assert early == [1, *range(17, 65)]
 
 
 def test_positions_that_are_settled() -> None:

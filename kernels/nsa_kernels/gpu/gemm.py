@@ -69,9 +69,9 @@ def gemm_config(num_rows: int, num_out: int, num_in: int) -> GemmConfig | None:
         return None
     is_wide, is_head = num_out >= _WIDE_OUTPUTS, num_out >= _HEAD_OUTPUTS
     if num_rows <= 8:
-        is_faster = is_wide and not is_head
+        is_faster = is_wide and not is_head and num_in >= 4096
     elif num_rows <= 16:
-        is_faster = num_out > num_in
+        is_faster = is_wide or (num_out > num_in and num_in >= 4096)
     else:
         is_faster = is_wide or num_in >= 4096
     if not is_faster:

@@ -70,6 +70,9 @@ def skinny_config(
     if num_out >= _HEAD_OUTPUTS and rows <= 32:
         tile = (32, 64, 4, 4) if rows <= 16 else (64, 64, 4, 3)
         return SkinnyConfig(*tile, fold_norm=False)
+    is_small_square = num_out < 4096 and num_in < 4096 and num_out <= num_in
+    if rows == 32 and is_small_square:
+        return SkinnyConfig(16, 64, 4, 4, fold_norm=False)
     if rows > 16 and is_large:
         return None
     if rows > 16:
@@ -77,16 +80,18 @@ def skinny_config(
     if num_out >= _WIDE_OUTPUTS:
         if rows == 16 and num_in >= 4096:
             return None
-        tile = (32, 64, 4, 4) if rows == 8 else (64, 64, 4, 3)
+        tile = (32, 64, 4, 4) if rows == 8 and num_in >= 4096 else (64, 64, 4, 3)
         return SkinnyConfig(*tile, fold_norm=fold_norm and num_in < 4096)
     if num_in >= 8192:
-        tile = (16, 128, 8, 3) if rows == 8 else (16, 128, 4, 4)
+        tile = (16, 256, 4, 3) if rows == 8 or num_out < 4096 else (16, 128, 4, 4)
     elif num_in >= 4096 and is_large:
         tile = (32, 64, 4, 4) if rows == 8 else (64, 64, 4, 3)
     elif num_out > num_in and is_large:
-        tile = (64, 64, 4, 3) if rows == 8 else (16, 128, 4, 4)
+        tile = (32, 64, 4, 4)
+    elif rows == 8:
+        tile = (16, 64, 4, 6)
     else:
-        tile = (16, 256, 2, 4) if rows == 8 else (16, 128, 4, 4)
+        tile = (16, 256, 4, 3)
     return SkinnyConfig(*tile, fold_norm=fold_norm and rows == 8)
 
 
