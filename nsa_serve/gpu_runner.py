@@ -282,8 +282,6 @@ class GpuModelRunner:
                 num_q_heads=shape.num_q_heads,
                 branches=self.model.branches,
                 swa_page_table=swa_page_table,
-                # The embedding's lookup begins after whatever wrote them has ended.
-                is_settled=True,
             )
         hidden = self.model(input_ids, positions, plan, self.cache.layers)
         self.model.logits(hidden, out=self._logits[:num_rows])
@@ -324,7 +322,7 @@ class GpuModelRunner:
         assert isinstance(plan, GpuPlan), "a model on a GPU plans for it"
         num_rows = least_at_least(self._row_buckets, plan.num_decode_rows)
         num_pages = least_at_least(self._page_buckets, plan.page_table.shape[1])
-        return replace(plan, decode_shape=(num_rows, num_pages), is_settled=True)
+        return replace(plan, decode_shape=(num_rows, num_pages))
 
     def _score_prompt(self, hidden: Tensor, span: PromptSpan) -> list[PromptScores]:
         """Queue the log-probabilities of a span's prompt tokens."""

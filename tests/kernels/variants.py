@@ -192,7 +192,7 @@ class Layer:
             min((rows for rows in ROWS if rows >= num_decode_rows), default=0),
             min(pages for c in CONTEXTS if (pages := -(-c // size)) >= num_pages),
         )
-        plan = dataclasses.replace(plan, use_pdl=True, is_settled=True, decode_shape=shape)
+        plan = dataclasses.replace(plan, use_pdl=True, decode_shape=shape)
         num_kv = 6 if self.is_separate else 2
         widths = [num_q_heads * self.dim, *[num_kv_heads * self.dim] * num_kv, num_q_heads * 3]
         fused = empty(sum(lens), sum(widths))

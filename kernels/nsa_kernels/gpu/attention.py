@@ -1,4 +1,4 @@
-"""The whole NSA operator on a GPU: decode rows in one or three kernels, prefill in sub-chunks.
+"""The whole NSA operator on a GPU: decode rows in three kernels, prefill chunks in sub-chunks.
 
 T tokens of the step, Nd of them decode rows in front, HQ query heads, H KV heads, D and Dv
 dimensions of keys and of values, S selected blocks.
@@ -13,7 +13,6 @@ from nsa_kernels.checks import check_fp8_dims
 from nsa_kernels.gpu.append import append_kv
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.decode_cmp import CmpPartials, decode_cmp
-from nsa_kernels.gpu.decode_short import can_decode_short, decode_short
 from nsa_kernels.gpu.decode_slc import decode_slc
 from nsa_kernels.gpu.lse import decode_lse, file_coarse_keys
 from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, ScoreChunk, has_fp8
@@ -148,33 +147,6 @@ def _decode(
     out: Tensor,
 ) -> None:
     branches = plan.branches
-    if fuse_append and can_decode_short(
-        spec,
-        cache,
-        branches,
-        dtype=q.dtype,
-        num_q_heads=q.shape[1],
-        shape=plan.decode_shape,
-        limits=plan.short_limits,
-    ):
-        decode_short(
-            q,
-            k,
-            v,
-            gates,
-            cache,
-            plan.seq_lens,
-            plan.page_table,
-            spec,
-            softmax_scale=softmax_scale,
-            shape_pages=plan.decode_shape[1],
-            sigmoid_gates=sigmoid_gates,
-            out=out,
-            launch_pdl=plan.use_pdl,
-            is_settled=plan.is_settled,
-            check=plan.check_bounds,
-        )
-        return
     # Selection is small enough to start the last kernel under it. In front of selection that pays
     # for small steps only: else the early programs are in the way of those before; measured.
     shape_rows, _ = plan.decode_shape
@@ -240,7 +212,6 @@ def _decode(
         out=out,
         launch_pdl=start_last and partials is not None,
         early_window=start_last and branches.slc,
-        start_next=plan.use_pdl and plan.start_after,
         check=plan.check_bounds,
     )
 

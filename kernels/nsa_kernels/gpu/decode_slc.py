@@ -166,7 +166,6 @@ def decode_slc(
     config: DecodeSlcConfig | None = None,
     launch_pdl: bool = False,
     early_window: bool = False,
-    start_next: bool = False,
     check: bool = False,
 ) -> Tensor:
     """Attend to selected blocks and the window, add the compression branch: [Nd, HQ, Dv].
@@ -192,7 +191,6 @@ def decode_slc(
     kernel before is still running, and wait for it on the device. early_window: with launch_pdl,
     let only those programs wait that read the selection; for when the kernel before writes nothing
     else, lets this one start only after its own wait, and works on memory kept from this call.
-    start_next: let the next kernel start, which waits on the device for this one to end.
     check: assert page ids in range.
 
     Raises ValueError when shapes do not fit.
@@ -326,7 +324,6 @@ def decode_slc(
         CHECK=check,
         USE_PDL=launch_pdl,
         EARLY_WINDOW=early_window,
-        START_NEXT=start_next,
         # With more programs than that, loads in all of them cost more than the last one waits.
         EARLY_GATES=config.num_warps > 4,
         num_warps=config.num_warps,
@@ -407,7 +404,6 @@ def _decode_slc_kernel(
     CHECK: tl.constexpr,
     USE_PDL: tl.constexpr,
     EARLY_WINDOW: tl.constexpr,
-    START_NEXT: tl.constexpr,
     EARLY_GATES: tl.constexpr,
 ):
     # Slots of a head's partial outputs: slc shares, what swa shares saw of selected blocks, swa.
@@ -418,10 +414,6 @@ def _decode_slc_kernel(
     role = tl.program_id(0)
     if USE_PDL and not EARLY_WINDOW:
         tl.extra.cuda.gdc_wait()
-    if START_NEXT:
-        # It starts when all programs of this one have, so it takes nobody's place; what it does
-        # before its wait (a layer asks for its weights) need not wait for attention.
-        tl.extra.cuda.gdc_launch_dependents()
     kv_head = tl.program_id(1) // HEAD_TILES
     head_start = tl.program_id(1) % HEAD_TILES * HEAD_TILE
     row = tl.program_id(2).to(tl.int64)

@@ -4,7 +4,7 @@ B rows, Nd of them decode rows (one token each, in front), T tokens, P pages of 
 HQ query heads, H KV heads.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ from nsa_kernels.gpu.common import (
     score_bytes_per_token,
     score_tile_entries,
 )
-from nsa_kernels.gpu.decode_short import ShortLimits
 from nsa_kernels.gpu.prefill_scores import can_score_pass, prefers_score_pass
 from nsa_kernels.gpu.prefill_short import short_context
 from nsa_kernels.metadata import AttnMetadata
@@ -81,10 +80,6 @@ class GpuPlan:
     decode_shape: rows and pages that the decode kernels are cut for, at least Nd and P. What is
     compiled for them depends on these two and not on Nd and P.
     use_pdl: launch the decode kernels early, each waiting on the device for the one before.
-    is_settled: whatever wrote these tensors, and the caches before this step, had ended when the
-    kernel in front of the layer's first one was launched: decode kernels may read both while that
-    one still runs. short_limits: which decode rows `decode_short` computes. start_after: with
-    use_pdl, let a kernel that waits on the device start under the last decode kernel.
     """
 
     branches: Branches
@@ -101,9 +96,6 @@ class GpuPlan:
     num_sms: int
     use_pdl: bool
     check_bounds: bool
-    is_settled: bool = False
-    short_limits: ShortLimits = field(default_factory=ShortLimits)
-    start_after: bool = True
 
 
 def plan_attention(
@@ -207,13 +199,12 @@ def plan_decode(
     num_q_heads: int,
     branches: Branches,
     swa_page_table: Tensor | None = None,
-    is_settled: bool = False,
 ) -> GpuPlan:
     """Plan a step of decode rows alone around tensors on the device, for capture in a CUDA graph.
 
     seq_lens, positions: [B] int32. page_table: [B, P] int32, rows may be strided. counters:
     [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind. swa_page_table: [B, P]
-    int32 likewise, where branches have keys and values of their own. is_settled: see `GpuPlan`.
+    int32 likewise, where branches have keys and values of their own.
     """
     check_geometry(spec)
     num_rows, device = len(seq_lens), seq_lens.device
@@ -233,7 +224,6 @@ def plan_decode(
         num_sms=num_multiprocessors(device),
         use_pdl=has_dependent_launch(device),
         check_bounds=False,
-        is_settled=is_settled,
     )
 
 
