@@ -31,8 +31,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: install
 	$(BIN)/nsa-serve serve $(MODEL) $(ARGS)
 
+# One worker a core: most tests compute on one thread.
 test: install-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
 check: install-dev
 	$(BIN)/ruff check .

@@ -18,6 +18,9 @@ $ python benchmarks/serve.py --model a --out benchmarks/results/gpu-serve-a.json
 $ for m in b moe; do python benchmarks/gpu_start.py --model $m \\
     --out benchmarks/results/gpu-start-$m.json; done
 $ python benchmarks/gpu_fla.py --out benchmarks/results/gpu-fla.json
+$ python benchmarks/gpu_models.py models --models a --tiny
+$ python benchmarks/soak.py --model models/a --minutes 10 --clients 64 --page-memory 4MiB \\
+    --out benchmarks/results/gpu-soak.json -- --device cuda --load-format dummy
 $ python benchmarks/report.py
 ```
 
@@ -33,6 +36,7 @@ def gpu_section(results: Path) -> str:
         ("gpu-serve*.json", _serving),
         ("gpu-start*.json", _start),
         ("gpu-fla*.json", _fla),
+        ("gpu-soak*.json", _soak),
     )
     texts = []
     for pattern, write in parts:
@@ -184,15 +188,16 @@ def _kernels(result: dict[str, Any], num_top: int = 12) -> str:
 def _serving(results: list[dict[str, Any]], paths: list[Path]) -> str:
     parts = ["### Serving\n"]
     for result, path in zip(results, paths, strict=True):
-        low, high = result["prompt_lens"]
-        parts.append(
-            f"**{result['title']}**{_settings(result)}. {_origin(result)} Over HTTP, streamed: "
-            f"Poisson arrivals for {result['seconds_of_arrivals']:g} s at each rate, prompts of "
-            f"{low} to {high} tokens (log-uniform, nothing shared), {result['output_len']} tokens "
-            f"of output. Good requests: first token within {result['ttft_ms']:g} ms, the others "
-            f"within {result['itl_ms']:g} ms each on average.\n"
-        )
+        parts.append(f"**{result['title']}**{_settings(result)}. {_origin(result)}\n")
         if result["sweep"]:
+            low, high = result["prompt_lens"]
+            parts.append(
+                f"Over HTTP, streamed: Poisson arrivals for {result['seconds_of_arrivals']:g} s at "
+                f"each rate, prompts of {low} to {high} tokens (log-uniform, nothing shared), "
+                f"{result['output_len']} tokens of output. Good requests: first token within "
+                f"{result['ttft_ms']:g} ms, the others within {result['itl_ms']:g} ms each on "
+                "average.\n"
+            )
             parts.append(_sweep(result["sweep"]))
         plot = path.with_suffix(".png")
         if plot.is_file():
@@ -236,6 +241,28 @@ def _equality(runs: list[dict[str, Any]]) -> str:
         "prefix cache. Equal tokens: those before a request's first difference; distinct: "
         "different tokens in all.\n\n" + table([*header, "together, s", "one by one, s"], rows)
     )
+
+
+def _soak(results: list[dict[str, Any]], _paths: list[Path]) -> str:
+    parts = ["### Soak\n"]
+    for result in results:
+        memory = [
+            f"{name} {sizes['first'] / 1e6:,.0f} to {sizes['last'] / 1e6:,.0f} MB"
+            for name, sizes in result["memory_bytes"].items()
+        ]
+        answers = ", ".join(f"{count:,} {kind}" for kind, count in result["answers"].items())
+        first_byte = result["first_byte_s"]
+        parts.append(
+            f"Commit {result['commit']}. Command: `python {result['command']}`. "
+            f"{result['seconds']:.0f} s, {result['num_clients']} clients: {answers}; "
+            f"{result['num_generated_tokens']:,} tokens, {result['num_preemptions']:,} "
+            f"preemptions, {result['num_prefix_hit_tokens']:,} tokens found in the prefix cache; "
+            f"first byte p50 {first_byte['p50']:.2f} s, p99 {first_byte['p99']:.2f} s. "
+            "At the end no request is left and every page is free. Memory, first third to last: "
+            f"{'; '.join(memory)} (rss_0 is the API process, rss_1 the engine). Failures: "
+            f"{'; '.join(result['failures']) or 'none'}.\n"
+        )
+    return "\n".join(parts)
 
 
 def _start(results: list[dict[str, Any]], _paths: list[Path]) -> str:
