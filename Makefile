@@ -31,8 +31,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 serve: install
 	$(BIN)/nsa-serve serve $(MODEL) $(ARGS)
 
+# One worker a core: most tests compute on one thread.
 test: install-dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n logical --dist worksteal $(ARGS)
 
 check: install-dev
 	$(BIN)/ruff check .
@@ -55,7 +56,10 @@ bench-gpu: install-dev
 	  $(BIN)/python benchmarks/gpu_profile.py --model $$model --out $(RESULTS)/gpu-profile-$$model.json $(ARGS) || exit; \
 	done
 	$(BIN)/python benchmarks/serve.py --out $(RESULTS)/gpu-serve-a.json --plot $(RESULTS)/gpu-serve-a.png $(ARGS)
-	$(BIN)/python benchmarks/gpu_start.py --out $(RESULTS)/gpu-start-b.json $(ARGS)
+	$(BIN)/python benchmarks/gpu_decode.py --model moe --out $(RESULTS)/gpu-decode-moe.json $(ARGS)
+	for model in b moe; do \
+	  $(BIN)/python benchmarks/gpu_start.py --model $$model --out $(RESULTS)/gpu-start-$$model.json $(ARGS) || exit; \
+	done
 	$(BIN)/python benchmarks/gpu_fla.py --out $(RESULTS)/gpu-fla.json $(ARGS)
 	$(BIN)/python benchmarks/report.py
 

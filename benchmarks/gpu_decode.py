@@ -1,6 +1,6 @@
 """Decode and prefill speed of the GPU engine, through LLM.generate: random weights, random prompts.
 
-    python benchmarks/gpu_decode.py [--model a|b] [--cells 2048x1 ...] [--out FILE]
+    python benchmarks/gpu_decode.py [--model a|b|moe] [--cells 2048x1 ...] [--out FILE]
                                     [--option quantization=fp8] [--tiny]
 
 A decode cell is a context and a number of rows. Its prompts are put into the prefix cache by a
@@ -10,6 +10,9 @@ milliseconds, so they are taken in turns, the order changing from repeat to repe
 the largest difference of a turn are the spread. Beside it the median and the 99th percentile of the
 time between two calls of the engine's step that decode, in the same runs. Rows share nothing with
 one another; a row's prompt in a short context is the start of its prompt in a long one.
+
+The byte floor of a cell is what its step has to read at the memory's rate: weights (of experts,
+those that so many rows are expected to use) and cache; the weight floor is without the cache.
 
 Prefill is whole prompts that no cache knows and one token each: tokens/s of the whole call.
 
@@ -36,7 +39,15 @@ from gpu_common import (
     time_s,
     write_result,
 )
-from gpu_models import BYTES_PER_S, MODELS, BenchModel, step_weight_bytes, write_model
+from gpu_models import (
+    BYTES_PER_S,
+    MODELS,
+    BenchModel,
+    expected_experts,
+    step_cache_bytes,
+    step_weight_bytes,
+    write_model,
+)
 
 from nsa_serve.config import EngineConfig, make_config
 from nsa_serve.engine import Engine
@@ -127,9 +138,16 @@ class DecodeBench:
         self.engine = TimedEngine(Engine(config))
         self.llm = LLM.from_engine(self.engine, load_tokenizer(config))
         self.info = self.engine.info
-        loaded = load_model_config(resolve_model(config))
-        self.floor_ms = step_weight_bytes(loaded, self.info.weight_bytes) / BYTES_PER_S * 1e3
+        self.loaded = load_model_config(resolve_model(config))
+        self.element_bytes = 1 if config.kv_cache_dtype == "fp8" else 2
         self._prompts: list[list[int]] = []
+
+    def floors_ms(self, context: int, num_rows: int) -> tuple[float, float]:
+        """Return the least ms of a step: by its weights, and by its weights and cache."""
+        weights = step_weight_bytes(self.loaded, self.info.weight_bytes, num_rows)
+        cache = step_cache_bytes(self.loaded, context, element_bytes=self.element_bytes)
+        scale = 1e3 / BYTES_PER_S
+        return weights * scale, (weights + num_rows * cache) * scale
 
     def prompts(self, context: int, num_rows: int, longest: int) -> list[list[int]]:
         """Return the prompts of a cell; of no row more than `longest` tokens will be asked."""
@@ -178,6 +196,8 @@ class DecodeBench:
             print(f"warning: {hits} of {context} prompt tokens were cached", flush=True)
         ms, spread = step_ms(first_s, whole_s, num_tokens - 1)
         gap_ms = [gap * 1e3 for gap in gaps_s]
+        moe = self.loaded.moe
+        weight_floor_ms, byte_floor_ms = self.floors_ms(context, num_rows)
         return {
             "context": context,
             "rows": num_rows,
@@ -186,9 +206,13 @@ class DecodeBench:
             "ms_per_step_min": spread[0],
             "ms_per_step_max": spread[1],
             "tokens_per_s": num_rows / ms * 1e3,
-            "of_weight_floor": self.floor_ms / ms,
+            "of_weight_floor": weight_floor_ms / ms,
+            "byte_floor_ms": byte_floor_ms,
+            "of_byte_floor": byte_floor_ms / ms,
+            "expected_experts": moe and expected_experts(moe, num_rows),
             "step_ms_p50": percentile(gap_ms, 50),
             "step_ms_p99": percentile(gap_ms, 99),
+            "longest_steps_ms": sorted(gap_ms)[-6:],
             "first_s": first_s,
             "whole_s": whole_s,
             "num_tokens": num_tokens,
@@ -259,7 +283,8 @@ def show(kind: str, row: dict[str, Any]) -> None:
             f"{name}{extra}: {row['ms_per_step']:.3f} ms a step (repeats "
             f"{row['ms_per_step_min']:.3f} to {row['ms_per_step_max']:.3f}, p50 {p50:.3f}, "
             f"p99 {p99:.3f}; bar {row['bar_ms']}), {row['of_weight_floor']:.0%} of the weight "
-            f"floor, filled in {row['fill_s']:.1f} s",
+            f"floor, {row['of_byte_floor']:.0%} of the byte floor ({row['byte_floor_ms']:.2f} ms), "
+            f"filled in {row['fill_s']:.1f} s",
             flush=True,
         )
 
@@ -294,8 +319,10 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
         "weight_bytes": info.weight_bytes,
         "num_parameters": info.num_parameters,
         "cache_tokens": info.num_pages * info.page_size,
-        "cache_bytes_per_token": sum(part.bytes_per_token for part in info.cache),
-        "weight_floor_ms": bench.floor_ms,
+        "cache_bytes_per_token": sum(
+            part.bytes_per_token for part in info.cache if part.max_tokens is None
+        ),
+        "weight_floor_ms": bench.floors_ms(0, min(rows for _, rows in cells))[0],
         "repeats": options.repeats,
         "decode": [],
         "prefill": [],
@@ -318,7 +345,8 @@ def run(options: Any, folder: Path) -> dict[str, Any]:
                 result["decode"].append({**row, **bars})
                 show("decode", result["decode"][-1])
         else:
-            result["decode"].append({**row, **bars, "skipped": reason})
+            nothing = dict.fromkeys(("ms_per_step", "tokens_per_s", "of_byte_floor"))
+            result["decode"].append({**row, **nothing, **bars, "skipped": reason})
             show("decode", result["decode"][-1])
         write_result(options.out, result)
     bench.llm.close()
@@ -349,7 +377,7 @@ def measure_prefill(
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=["a", "b"], default="a")
+    parser.add_argument("--model", choices=["a", "b", "moe"], default="a")
     parser.add_argument("--cells", nargs="+", type=parse_cell, help="such as 2048x1 64kx32")
     parser.add_argument("--tokens", type=int, default=NUM_TOKENS)
     parser.add_argument("--repeats", type=int, default=5)

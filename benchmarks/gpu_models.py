@@ -1,11 +1,12 @@
 """The models that the GPU benchmarks run: a folder each, with a tokenizer and, if asked, weights.
 
-    python benchmarks/gpu_models.py FOLDER [--models a b fla] [--weights] [--tiny]
+    python benchmarks/gpu_models.py FOLDER [--models a b moe fla] [--weights] [--tiny]
 
 Models:
 
     a    1.2B, of the llama-nsa family: block 16, 16 of them selected, window 128
     b    9B, native: compression 32 by 16, block 64, 16 selected, window 512, heads of 128
+    moe  27B, of the nsa_moe family: the preset nsa-27b, the shape of the NSA paper
     fla  a, but with the block of 64 that flash-linear-attention's kernels can select 16 of
 
 Without --weights a folder is for `load_format="dummy"`. With, it gets random bf16 safetensors,
@@ -17,6 +18,7 @@ import json
 import math
 import time
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from nsa_serve.config import ModelConfig
+from nsa_serve.config import ModelConfig, MoEConfig
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.dummy_weights import draw
 from nsa_serve.models.families import checkpoint_name, load_model_config
@@ -46,7 +48,8 @@ class BenchModel:
 
     config: its config.json. cells: (context, rows) of the decode table. bars: the ms a step that
     each cell is to reach; dense: those of vLLM 0.24 serving a dense twin of the same shape on an
-    H200, None where it was not run. prefill: (context, rows) -> (bar, dense), in tokens/s.
+    H200, None where it was not run. prefill: (context, rows) -> (bar, dense), in tokens/s, None
+    where there is none.
     """
 
     name: str
@@ -56,7 +59,7 @@ class BenchModel:
     cells: tuple[tuple[int, int], ...]
     bars: tuple[float, ...] = ()
     dense: tuple[float | None, ...] = ()
-    prefill: dict[tuple[int, int], tuple[float, float]] = field(default_factory=dict)
+    prefill: dict[tuple[int, int], tuple[float | None, float | None]] = field(default_factory=dict)
 
 
 _TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 128000, "eos_token_id": 128001}
@@ -79,6 +82,7 @@ _A = {
     **_COMMON,
 }
 _A_HEADS = {"num_attention_heads": 32, "num_key_value_heads": 2}
+_PRESET = json.loads((resources.files("nsa_serve") / "assets/nsa-27b/config.json").read_text())
 _CELLS = ((2048, 1), (2048, 8), (2048, 32), (8192, 32), (32768, 8))
 
 MODELS = {
@@ -128,6 +132,24 @@ MODELS = {
         bars=(5.3, 5.6, 6.4, 7.2, 5.9, 7.5, 5.4, 6.2, 8.5),
         dense=(5.53, 5.79, 6.61, 9.67, None, 18.75, 6.56, 13.55, None),
         prefill={(2048, 8): (37.5e3, 37.5e3), (65536, 1): (25e3, 12.4e3)},
+    ),
+    "moe": BenchModel(
+        name="moe",
+        title="27B: 30 layers, hidden 2560, 64/4 heads of 192/128, 72+2 experts (nsa_moe)",
+        config=_PRESET,
+        tiny={
+            **_TINY,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 24,
+            "v_head_dim": 16,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+        # 64k x 32 is more than fits beside the weights, and shows so.
+        cells=tuple((c, rows) for c in (8192, 65536) for rows in (1, 8, 12, 32)),
+        prefill={(8192, 1): (None, None), (65536, 1): (None, None)},
     ),
     "fla": BenchModel(
         name="fla",
@@ -224,15 +246,47 @@ def write_weights(folder: Path, *, device: str, shard_bytes: int = SHARD_BYTES) 
     return total
 
 
-def step_weight_bytes(config: ModelConfig, weight_bytes: int) -> int:
+def expected_experts(moe: MoEConfig, num_rows: int) -> float:
+    """Return the distinct experts that a layer is expected to use when all are equally likely.
+
+    E (1 - (1 - k / E)^rows): an expert is left out by each row, independently, at 1 - k / E.
+    """
+    missed = 1 - moe.num_experts_per_token / moe.num_experts
+    return float(moe.num_experts * (1 - missed**num_rows))
+
+
+def step_weight_bytes(config: ModelConfig, weight_bytes: int, num_rows: int | None = None) -> float:
     """Return the bytes of weights that a decode step reads, of `weight_bytes` that are loaded.
 
-    All of them, but for an embedding that is not the output layer too: of it, one row a token.
+    All of them, but for an embedding that is not the output layer too: of it, one row a token. Of
+    experts, those that `num_rows` rows are expected to use when all are equally likely; None: all.
     """
-    if config.tie_word_embeddings:
-        return weight_bytes
-    # In its own dtype: 8-bit weights leave the embedding in 16.
-    return weight_bytes - 2 * math.prod(expected_weights(config)[EMBEDDING])
+    read = float(weight_bytes)
+    if not config.tie_word_embeddings:
+        # In its own dtype: 8-bit weights leave the embedding in 16.
+        read -= 2 * math.prod(expected_weights(config)[EMBEDDING])
+    if config.moe is not None and num_rows is not None:
+        moe = config.moe
+        unused = moe.num_experts - expected_experts(moe, num_rows)
+        expert = 3 * config.hidden_size * moe.expert_intermediate_size
+        read -= 2 * unused * expert * (config.num_layers - moe.num_dense_layers)
+    return read
+
+
+def step_cache_bytes(config: ModelConfig, context: int, *, element_bytes: int = 2) -> int:
+    """Return the least bytes of cache that a decode step reads for a row of so many tokens.
+
+    Compressed entries, selected blocks, and the window, where it is not of the selected blocks that
+    every query has: the last ones, when branches share keys and values.
+    """
+    nsa = config.nsa
+    selected = min(context, nsa.num_selected_blocks * nsa.block_size)
+    window = min(context, nsa.window_size)
+    if not config.kv_per_branch:
+        window = max(0, window - nsa.num_local_blocks * nsa.block_size)
+    tokens = selected + window + context // nsa.cmp_stride
+    token_bytes = config.num_kv_heads * (config.head_dim + config.v_head_dim) * element_bytes
+    return tokens * token_bytes * config.num_layers
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ class ProfileBench:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=["a", "b"], default="a")
+    parser.add_argument("--model", choices=["a", "b", "moe"], default="a")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--steps", type=int, default=20)
@@ -170,20 +170,21 @@ def main() -> None:
         config = make_config(EngineConfig, settings)
         loaded = load_model_config(resolve_model(config))
         bench = ProfileBench(Engine(config), traces=traces)
-        floor = step_weight_bytes(loaded, bench.engine.info.weight_bytes) / BYTES_PER_S * 1e6
+        weight_bytes = bench.engine.info.weight_bytes
         result: dict[str, Any] = {
             "bench": "gpu-profile",
             **environment(options.commit),
             "model": model.name,
             "title": model.title,
             "settings": {name: value for name, value in settings.items() if name != "model"},
-            "weight_floor_us": floor,
+            "weight_floor_us": step_weight_bytes(loaded, weight_bytes) / BYTES_PER_S * 1e6,
             "decode": [],
             "prefill": [],
         }
         for num_rows in options.rows:
             stats = bench.decode(num_rows, options.context, options.steps)
             result["decode"].append(stats)
+            floor = step_weight_bytes(loaded, weight_bytes, num_rows) / BYTES_PER_S * 1e6
             print(f"decode {options.context} x {num_rows} (weights alone: {floor:.0f} us)")
             print(table(stats), flush=True)
             write_result(options.out, result)

@@ -109,7 +109,7 @@ def show(row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", choices=["a", "b"], default="b")
+    parser.add_argument("--model", choices=["a", "b", "moe"], default="b")
     parser.add_argument("--folder", type=Path, help="a folder of gpu_models.py, with weights")
     parser.add_argument("--repeats", type=int, default=2, help="starts with a warm cache")
     parser.add_argument(

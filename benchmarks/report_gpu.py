@@ -9,14 +9,18 @@ HOW_TO_RUN = """\
 On a machine with the GPU, from the repository's root; each writes its result after every part:
 
 ```console
-$ for m in a b; do python benchmarks/gpu_decode.py --model $m \\
+$ for m in a b moe; do python benchmarks/gpu_decode.py --model $m \\
     --out benchmarks/results/gpu-decode-$m.json; done
 $ for m in a b; do python benchmarks/gpu_profile.py --model $m \\
     --out benchmarks/results/gpu-profile-$m.json; done
 $ python benchmarks/serve.py --model a --out benchmarks/results/gpu-serve-a.json \\
     --plot benchmarks/results/gpu-serve-a.png
-$ python benchmarks/gpu_start.py --model b --out benchmarks/results/gpu-start-b.json
+$ for m in b moe; do python benchmarks/gpu_start.py --model $m \\
+    --out benchmarks/results/gpu-start-$m.json; done
 $ python benchmarks/gpu_fla.py --out benchmarks/results/gpu-fla.json
+$ python benchmarks/gpu_models.py models --models a --tiny
+$ python benchmarks/soak.py --model models/a --minutes 10 --clients 64 --page-memory 4MiB \\
+    --out benchmarks/results/gpu-soak.json -- --device cuda --load-format dummy
 $ python benchmarks/report.py
 ```
 
@@ -32,6 +36,7 @@ def gpu_section(results: Path) -> str:
         ("gpu-serve*.json", _serving),
         ("gpu-start*.json", _start),
         ("gpu-fla*.json", _fla),
+        ("gpu-soak*.json", _soak),
     )
     texts = []
     for pattern, write in parts:
@@ -78,8 +83,10 @@ def _speed(results: list[dict[str, Any]], _paths: list[Path]) -> str:
         "Random weights and prompts, bf16 unless it says otherwise, through `LLM.generate`: ms a "
         "step = (time of 129 tokens - time of 1 token) / 128, greedy, prompts in the prefix "
         "cache, medians. Bar: what was set as the goal. Dense: vLLM 0.24, dense twin of the same "
-        "shape, same GPU. Floor: the bytes of the weights alone at 4.25 TB/s. p50 and p99 are "
-        "of the time between steps in the same runs.\n",
+        "shape, same GPU. Floor: the bytes of the weights alone at 4.25 TB/s; byte floor: with "
+        "those of the cache. Of E experts, k a token, a step of B rows is expected to read "
+        "E (1 - (1 - k / E)^B) in each layer, as if all were equally likely. p50 and p99 are of "
+        "the time between steps in the same runs.\n",
     ]
     for result in results:
         parts += [f"**{result['title']}**{_settings(result)}. {_origin(result)}\n", _decode(result)]
@@ -98,11 +105,18 @@ def _speed(results: list[dict[str, Any]], _paths: list[Path]) -> str:
 
 
 def _decode(result: dict[str, Any]) -> str:
+    # Columns that only models with experts need, and older results do not have.
+    more: tuple[tuple[str, str, str], ...] = ()
+    if any(row.get("expected_experts") for row in result["decode"]):
+        more = (
+            ("of the byte floor", "of_byte_floor", "{:.0%}"),
+            ("distinct experts expected", "expected_experts", "{:.1f}"),
+        )
     rows = []
     for row in result["decode"]:
         name = f"{_context(row['context'])} x {row['rows']}"
         if row.get("skipped"):
-            rows.append([name, row["skipped"], *["-"] * 7])
+            rows.append([name, row["skipped"], *["-"] * (7 + len(more))])
             continue
         if row["num_sampled"]:
             name += f", {row['num_sampled']} at temperature 0.8, top-p 0.95"
@@ -118,10 +132,11 @@ def _decode(result: dict[str, Any]) -> str:
                 "-" if dense is None else f"{dense / row['ms_per_step']:.2f}x",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{row['of_weight_floor']:.0%}",
+                *(_number(row[field], form) for _, field, form in more),
             ]
         )
     header = ["context x rows", "ms a step", "p50", "p99", "bar", "dense", "against dense"]
-    return table([*header, "tokens/s", "of the floor"], rows)
+    return table([*header, "tokens/s", "of the floor", *(name for name, _, _ in more)], rows)
 
 
 def _profile(results: list[dict[str, Any]], _paths: list[Path]) -> str:
@@ -173,15 +188,16 @@ def _kernels(result: dict[str, Any], num_top: int = 12) -> str:
 def _serving(results: list[dict[str, Any]], paths: list[Path]) -> str:
     parts = ["### Serving\n"]
     for result, path in zip(results, paths, strict=True):
-        low, high = result["prompt_lens"]
-        parts.append(
-            f"**{result['title']}**{_settings(result)}. {_origin(result)} Over HTTP, streamed: "
-            f"Poisson arrivals for {result['seconds_of_arrivals']:g} s at each rate, prompts of "
-            f"{low} to {high} tokens (log-uniform, nothing shared), {result['output_len']} tokens "
-            f"of output. Good requests: first token within {result['ttft_ms']:g} ms, the others "
-            f"within {result['itl_ms']:g} ms each on average.\n"
-        )
+        parts.append(f"**{result['title']}**{_settings(result)}. {_origin(result)}\n")
         if result["sweep"]:
+            low, high = result["prompt_lens"]
+            parts.append(
+                f"Over HTTP, streamed: Poisson arrivals for {result['seconds_of_arrivals']:g} s at "
+                f"each rate, prompts of {low} to {high} tokens (log-uniform, nothing shared), "
+                f"{result['output_len']} tokens of output. Good requests: first token within "
+                f"{result['ttft_ms']:g} ms, the others within {result['itl_ms']:g} ms each on "
+                "average.\n"
+            )
             parts.append(_sweep(result["sweep"]))
         plot = path.with_suffix(".png")
         if plot.is_file():
@@ -225,6 +241,28 @@ def _equality(runs: list[dict[str, Any]]) -> str:
         "prefix cache. Equal tokens: those before a request's first difference; distinct: "
         "different tokens in all.\n\n" + table([*header, "together, s", "one by one, s"], rows)
     )
+
+
+def _soak(results: list[dict[str, Any]], _paths: list[Path]) -> str:
+    parts = ["### Soak\n"]
+    for result in results:
+        memory = [
+            f"{name} {sizes['first'] / 1e6:,.0f} to {sizes['last'] / 1e6:,.0f} MB"
+            for name, sizes in result["memory_bytes"].items()
+        ]
+        answers = ", ".join(f"{count:,} {kind}" for kind, count in result["answers"].items())
+        first_byte = result["first_byte_s"]
+        parts.append(
+            f"Commit {result['commit']}. Command: `python {result['command']}`. "
+            f"{result['seconds']:.0f} s, {result['num_clients']} clients: {answers}; "
+            f"{result['num_generated_tokens']:,} tokens, {result['num_preemptions']:,} "
+            f"preemptions, {result['num_prefix_hit_tokens']:,} tokens found in the prefix cache; "
+            f"first byte p50 {first_byte['p50']:.2f} s, p99 {first_byte['p99']:.2f} s. "
+            "At the end no request is left and every page is free. Memory, first third to last: "
+            f"{'; '.join(memory)} (rss_0 is the API process, rss_1 the engine). Failures: "
+            f"{'; '.join(result['failures']) or 'none'}.\n"
+        )
+    return "\n".join(parts)
 
 
 def _start(results: list[dict[str, Any]], _paths: list[Path]) -> str:

@@ -14,7 +14,9 @@ def kernel_section(results: Path) -> str:
     """Return the Markdown of the kernels' results that are there."""
     parts = [
         ("kernels-decode.json", _decode),
+        ("kernels-decode-branches.json", _branches),
         ("kernels-prefill.json", _prefill),
+        ("kernels-moe.json", _moe),
         ("kernels-context.json", _context),
         ("kernels-accuracy.json", _accuracy),
         ("kernels-resources.json", _resources),
@@ -71,6 +73,68 @@ def _decode(result: dict[str, Any]) -> str:
         "SDPA) or paged (FlashInfer) caches, and append nothing; fla pools all keys at each step "
         "and has no window here.\n\n" + _table(header, rows)
     )
+
+
+def _branches(result: dict[str, Any]) -> str:
+    dims = list(result["compared"][0]["us"])
+    header = ["compression", "batch", "context"]
+    header += [f"{name}, us" for name in dims] + [f"{name} of the byte floor" for name in dims]
+    header += [f"{name} against dense" for name in dims] + ["ratio", "ratio over floors"]
+    rows = []
+    for row in result["compared"]:
+        cells = [row["compression"], str(row["batch"]), str(row["context"])]
+        cells += [f"{row['us'][name]:.1f}" for name in dims]
+        cells += [f"{row['of_floor'][name]:.0%}" for name in dims]
+        for name in dims:
+            speedup = row["speedup"][name]
+            cells.append("-" if speedup is None else f"{speedup:.2f}x ({row['bar'][name]})")
+        for ratio in (row["ratio"], row["ratio_of_floors"]):
+            cells.append("-" if ratio is None else f"{ratio:.2f}")
+        rows.append(cells)
+    return (
+        "### Decode with K/V of its own for every branch\n\n"
+        f"{_origin(result)}\n\n"
+        "One layer's step as above, paper geometry, with the mean and with the learned compression "
+        "(hidden 256). Dense: the fastest of torch SDPA and FlashInfer over one K/V set of the "
+        "same heads; padded: values stored as wide as keys, for kernels that know one width; "
+        "packed: a group's heads as rows of one KV head. Ratio: the first shape's speed-up over "
+        f"the second's, to be at least {result['least_ratio']}; over floors: the same against a "
+        "dense decode at the copy bandwidth, "
+        f"{result['copy_bytes_per_s'] / 1e12:.2f} TB/s.\n\n" + _table(header, rows)
+    )
+
+
+def _moe(result: dict[str, Any]) -> str:
+    header = ["tokens", "experts used", "layer, us", "of its floor", "dense, us"]
+    header += ["dense / layer", "experts, us", "loop, us", "loop / experts", "torch grouped, us"]
+    rows = []
+    for row in result["rows"]:
+        us = row["us"]
+        layer = us.get("early") or us["layer"]
+        share = f"{row['floor_us'] / layer:.0%}" if layer else "-"
+        cells = [str(row["rows"]), f"{row['distinct_experts']:.1f}", _us(layer), share]
+        cells += [_us(us["dense"]), _times(us["dense"], layer), _us(us["experts"])]
+        cells += [_us(us["loop"]), _times(us["loop"], us["experts"]), _us(us["torch"])]
+        rows.append(cells)
+    return (
+        "### A mixture-of-experts layer\n\n"
+        f"{_origin(result)}\n\n"
+        "The shape of the 27B preset: hidden 2560, 72 experts of width 1472, 6 a token, 2 shared; "
+        "random weights and routing, CUDA graphs over several layers. Layer: norm, routing, shared "
+        "and routed experts, sum; dense: an MLP of the parameters that a token uses. Experts: the "
+        "routed experts and their sum alone; loop: two cuBLAS products for each expert that is "
+        "used, known beforehand; torch grouped: `torch._grouped_mm`. The floor is the larger of "
+        "the used weights over 4.25 TB/s and the products over 800 TFLOP/s.\n\n"
+        + _table(header, rows)
+    )
+
+
+def _us(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def _times(value: float | None, base: float | None) -> str:
+    return "-" if not value or not base else f"{value / base:.2f}x"
 
 
 def _prefill(result: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
-"""Rewrites a checkpoint in the documented layout: canonical weight names, an `nsa` section.
+"""Rewrites a checkpoint in a documented layout: canonical weight names, an `nsa` section.
 
     another family (fla, llama-nsa, GGUF)   renamed, and K/V in half-rotation order
     a dense Llama, with --nsa-config         gets gates: zero weights and the biases that were asked
                                              for, so that every token starts with these gates
+    to `nsa_moe`                             beside that, K/V that the branches shared are written
+                                             once for each: the same tokens, until it is trained on
 
 A tensor is read, renamed and written as it is; a shard is all that is in memory.
 """
@@ -10,9 +12,11 @@ A tensor is read, renamed and written as it is; a shard is all that is in memory
 import dataclasses
 import json
 import math
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors.torch import save_file
@@ -23,9 +27,9 @@ from nsa_serve.errors import ModelError
 from nsa_serve.gguf_tokenizer import read_gguf_tokenizer
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import checkpoint_name, load_model_config
-from nsa_serve.models.native_config import native_config
+from nsa_serve.models.native_config import native_config, nsa_moe_config
 from nsa_serve.models.safetensors_files import has_safetensors, read_weight_index
-from nsa_serve.models.weight_shapes import expected_weights
+from nsa_serve.models.weight_shapes import KV_BRANCHES, expected_weights
 from nsa_serve.models.weights import OnProgress, stream_checkpoint
 
 DEFAULT_SHARD_BYTES = 4 << 30
@@ -38,9 +42,14 @@ _COPIED = (
     "chat_template.jinja",
     "generation_config.json",
 )
-_GATE = "g_proj"
+# What a checkpoint with gates has, by the kind of gate.
+_GATE_WEIGHTS = {"linear": "g_proj.weight", "mlp": "gate.fc1.weight"}
+_SHARED_KV = re.compile(r"(model\.layers\.\d+\.self_attn\.[kv])(_proj\.(?:weight|bias))")
+_SEED = 0
 
 Gates = tuple[float, float, float]
+Layout = Literal["native", "nsa_moe"]
+LAYOUTS: tuple[Layout, ...] = ("native", "nsa_moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +66,15 @@ def convert(
     source: ModelSource,
     target: Path,
     *,
+    layout: Layout = "native",
     gates: Gates | None = None,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
-    """Write `source` into the folder `target`, new or empty, in the native layout.
+    """Write `source` into the folder `target`, new or empty.
 
+    layout: "native" (`llama` with an `nsa` section), or "nsa_moe", where every branch has keys and
+    values of its own: copies of those that the source's branches share.
     gates: of (cmp, slc, swa), each in (0, 1), for a source that has no gate weights.
 
     Raises ModelError when the source is not complete, has something that the layout cannot say, or
@@ -71,15 +83,17 @@ def convert(
     config = load_model_config(source)
     before = _without_gates(source, config, gates)
     after = _with_gates(config) if before is not config else config
-    after = dataclasses.replace(after, family="llama")
+    after = _in_layout(after, layout)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ModelError(f"{target} exists and is not an empty folder; name a new one")
     target.mkdir(parents=True, exist_ok=True)
-    _write_config(target, after)
+    _write_config(target, after, layout)
     _write_tokenizer(source, target)
     shards = _Shards(target, shard_bytes)
     for name, tensor in stream_checkpoint(source, before, on_progress):
-        shards.add(name, tensor)
+        for number, own_name in enumerate(_own_names(name, after)):
+            # A file holds no tensor twice.
+            shards.add(own_name, tensor.clone() if number else tensor)
     new = _new_gates(after, gates) if before is not config and gates is not None else {}
     for name, tensor in new.items():
         shards.add(name, tensor)
@@ -89,20 +103,42 @@ def convert(
     return Conversion(after, shards.num_bytes, shards.num_shards, tuple(new))
 
 
+def _in_layout(config: ModelConfig, layout: Layout) -> ModelConfig:
+    if layout == "native":
+        return dataclasses.replace(config, family="llama")
+    if config.nsa.lse_len:
+        raise ModelError(
+            f"the source has coarse windows (nsa.lse_len {config.nsa.lse_len}), whose keys are "
+            "those that the branches share: nsa_moe, with keys of its own for every branch, cannot "
+            "have them"
+        )
+    return dataclasses.replace(config, family="nsa_moe", kv_per_branch=True)
+
+
+def _own_names(name: str, config: ModelConfig) -> list[str]:
+    """Return the names under which a source's weight is written: one for each branch of K/V."""
+    shared = _SHARED_KV.fullmatch(name)
+    if shared is None or not config.kv_per_branch:
+        return [name]
+    return [f"{shared[1]}_{branch}{shared[2]}" for branch in KV_BRANCHES]
+
+
 def _without_gates(source: ModelSource, config: ModelConfig, gates: Gates | None) -> ModelConfig:
     """Return the config that the source's weights fit: without learned gates if it has none."""
-    has_gates = _has_weight(source, config, f"model.layers.0.self_attn.{_GATE}.weight")
-    if config.nsa.gate != "linear" or has_gates:
+    gate = _GATE_WEIGHTS.get(config.nsa.gate)
+    has_gates = gate is not None and _has_weight(source, config, f"model.layers.0.self_attn.{gate}")
+    if gate is None or has_gates:
         if gates is not None:
             raise ModelError(
                 "gates are for a checkpoint without gate weights whose `nsa` section says "
-                f'"gate": "linear"; here the gate is {config.nsa.gate!r} and the checkpoint '
-                f"{'has' if has_gates else 'has no'} {_GATE}"
+                f'"gate": "linear" or "mlp"; here the gate is {config.nsa.gate!r} and the '
+                f"checkpoint {f'has {gate}' if has_gates else 'needs none'}"
             )
         return config
     if gates is None:
         raise ModelError(
-            f'the checkpoint has no {_GATE} weights, and the `nsa` section says "gate": "linear": '
+            f"the checkpoint has no {gate}, and the `nsa` section says "
+            f'"gate": "{config.nsa.gate}": '
             "say with --gates which values they start with, such as --gates 0.5 0.5 0.9 (cmp, slc, "
             'swa), or use "gate": "constant"'
         )
@@ -112,18 +148,30 @@ def _without_gates(source: ModelSource, config: ModelConfig, gates: Gates | None
 
 
 def _with_gates(config: ModelConfig) -> ModelConfig:
+    if config.nsa.gate != "linear":
+        return config
     return dataclasses.replace(config, nsa=dataclasses.replace(config.nsa, gate_bias=True))
 
 
 def _new_gates(config: ModelConfig, gates: Gates) -> dict[str, Tensor]:
-    """Return gate projections that give every token the same gates: sigmoid of the bias."""
+    """Return gate projections that give every token the same gates: sigmoid of the bias.
+
+    The hidden layer of an MLP is drawn: with zeros on both sides of it nothing could be learned.
+    """
     dtype = getattr(torch, config.checkpoint_dtype)
+    generator = torch.Generator().manual_seed(_SEED)
     logits = torch.tensor([math.log(gate / (1 - gate)) for gate in gates], dtype=dtype)
     rows = 3 * config.num_q_heads
     found: dict[str, Tensor] = {}
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}.self_attn.{_GATE}."
-        found[prefix + "weight"] = torch.zeros(rows, config.hidden_size, dtype=dtype)
+        prefix, width = f"model.layers.{layer}.self_attn.g_proj.", config.hidden_size
+        if config.nsa.gate == "mlp":
+            width, prefix = config.nsa.gate_hidden_size, f"model.layers.{layer}.self_attn.gate."
+            drawn = torch.randn(width, config.hidden_size, generator=generator)
+            found[prefix + "fc1.weight"] = (drawn * config.hidden_size**-0.5).to(dtype)
+            found[prefix + "fc1.bias"] = torch.zeros(width, dtype=dtype)
+            prefix += "fc2."
+        found[prefix + "weight"] = torch.zeros(rows, width, dtype=dtype)
         # Rows are (head, branch), branch fastest.
         found[prefix + "bias"] = logits.repeat(config.num_q_heads)
     return found
@@ -135,9 +183,10 @@ def _has_weight(source: ModelSource, config: ModelConfig, canonical: str) -> boo
     return checkpoint_name(source, config, canonical) in read_weight_index(source.folder)
 
 
-def _write_config(target: Path, config: ModelConfig) -> None:
+def _write_config(target: Path, config: ModelConfig, layout: Layout) -> None:
     path = target / "config.json"
-    path.write_text(json.dumps(native_config(config), indent=2) + "\n")
+    fields = native_config(config) if layout == "native" else nsa_moe_config(config)
+    path.write_text(json.dumps(fields, indent=2) + "\n")
     read = load_model_config(ModelSource(name=target.name, folder=target))
     lost = [
         field.name
@@ -147,7 +196,7 @@ def _write_config(target: Path, config: ModelConfig) -> None:
     if lost:
         path.unlink()
         raise ModelError(
-            "the native layout cannot say what this checkpoint has in "
+            f"the {layout} layout cannot say what this checkpoint has in "
             f"{', '.join(f'{name} ({getattr(config, name)!r})' for name in lost)}"
         )
 

@@ -86,8 +86,6 @@ def make_plan(config: EngineConfig) -> SetupPlan:
     dtype = run_dtype(config, device)
     max_model_len = _model_len_limit(config, model)
     is_cuda = device.type == "cuda"
-    if is_cuda:
-        check_gpu_model(model)
     if config.quantization is not None:
         check_fp8(device, dtype)
     if config.kv_cache_dtype == "fp8":
@@ -233,27 +231,6 @@ def run_dtype(config: EngineConfig, device: torch.device) -> torch.dtype:
             has_bfloat16 = cpu_has_bfloat16()
         return torch.bfloat16 if has_bfloat16 else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
-
-
-def check_gpu_model(model: ModelConfig) -> None:
-    """Raise ModelError, naming what it is, for a model that only the CPU path computes so far."""
-    nsa = model.nsa
-    unsupported = {
-        "keys and values of its own for every branch (kv_per_branch)": model.kv_per_branch,
-        "mixture-of-experts layers (moe)": model.moe is not None,
-        "a gate MLP (nsa.gate 'mlp')": nsa.gate == "mlp",
-        "attention that is dense below a length (nsa.dense_len)": nsa.dense_len > 0,
-        "scores relative to coarse windows (nsa.lse_len)": nsa.lse_len > 0,
-        "attention to everything (nsa.branches swa alone)": nsa.branches == ("swa",),
-        "scaled embeddings, residual branches or logits (muP)": {1.0}
-        != {model.embedding_scale, model.residual_scale, model.logit_scale},
-    }
-    found = [name for name, is_used in unsupported.items() if is_used]
-    if found:
-        raise ModelError(
-            f"this {model.family} model has {', '.join(found)}, which has no GPU path yet: "
-            "serve it with --device cpu"
-        )
 
 
 def _check_fp8_cache(device: torch.device, model: ModelConfig) -> None:

@@ -7,13 +7,14 @@ the host while that step runs.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from nsa_kernels.gpu.decode_inputs import decode_inputs
-from nsa_kernels.gpu.linear import ROW_CLASSES
 from nsa_kernels.gpu.plan import GpuPlan, plan_decode
+from nsa_kernels.gpu.skinny import ROW_CLASSES
 from nsa_kernels.metadata import AttnMetadata, build_metadata
 from nsa_serve.batch import PromptSpan, build_batch
 from nsa_serve.config import EngineConfig
@@ -99,6 +100,7 @@ class GpuModelRunner:
             max_num_rows=max_num_seqs,
             max_num_pages=self._page_buckets[-1],
             device=self.device,
+            has_swa_pages=shape.kv_per_branch,
         )
         self._logits = torch.zeros(
             max_num_seqs, shape.vocab_size, dtype=torch.float32, device=self.device
@@ -264,10 +266,13 @@ class GpuModelRunner:
             seq_lens=buffers.seq_lens,
             positions=positions,
             page_table=buffers.page_table,
+            swa_page_table=buffers.swa_page_table,
         )
         plan = self._plans.get((num_rows, num_pages))
         if plan is None:
-            shape = self.model.config
+            shape, swa_page_table = self.model.config, buffers.swa_page_table
+            if swa_page_table is not None:
+                swa_page_table = swa_page_table[:num_rows, :num_pages]
             plan = self._plans[num_rows, num_pages] = plan_decode(
                 buffers.seq_lens[:num_rows],
                 positions,
@@ -276,12 +281,14 @@ class GpuModelRunner:
                 self._spec,
                 num_q_heads=shape.num_q_heads,
                 branches=self.model.branches,
+                swa_page_table=swa_page_table,
             )
         hidden = self.model(input_ids, positions, plan, self.cache.layers)
         self.model.logits(hidden, out=self._logits[:num_rows])
 
     def _launch_mixed(self, output: SchedulerOutput) -> LaunchedStep:
-        batch = build_batch(output, self._spec, self._buffers.pages_of)
+        swa_pages_of = attrgetter("swa_pages") if self.model.config.kv_per_branch else None
+        batch = build_batch(output, self._spec, self._buffers.pages_of, swa_pages_of)
         input_ids = self._to_device(batch.input_ids)
         if batch.pending_tokens:
             index = [position for position, _ in batch.pending_tokens]
@@ -334,12 +341,14 @@ class GpuModelRunner:
         """Run rows that end `last` tokens into their contexts; page 1 takes all they write."""
         starts = [last - num_tokens for num_tokens in query_lens]
         num_pages = -(-last // self._spec.block_size)
+        pages = [[1] * num_pages for _ in query_lens]
         meta = build_metadata(
-            [[1] * num_pages for _ in query_lens],
+            pages,
             starts,
             query_lens,
             self._spec,
             num_decode_rows=num_decode_rows,
+            swa_pages=pages if self.model.config.kv_per_branch else None,
         )
         plan = self._plan(meta)
         input_ids = torch.zeros(sum(query_lens), dtype=torch.int64, device=self.device)

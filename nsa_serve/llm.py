@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from nsa_serve.collector import rare_full_collections
+from nsa_serve.collector import rare_full_collections, set_aside
 from nsa_serve.config import EngineConfig, make_config
 from nsa_serve.engine import Engine
 from nsa_serve.errors import NSAServeError, RequestError
@@ -191,7 +191,8 @@ class _Run:
         try:
             for request, index in self._requests:
                 self._add(request, index)
-            with tqdm(total=len(self._requests), unit="req", disable=not use_tqdm) as bar:
+            num_requests = len(self._requests)
+            with set_aside(), tqdm(total=num_requests, unit="req", disable=not use_tqdm) as bar:
                 while self._live_ids:
                     bar.update(self._step())
         finally:

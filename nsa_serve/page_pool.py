@@ -77,7 +77,8 @@ class PagePool:
         self._hashes: list[bytes | None] = [None] * num_pages
         self._page_by_hash: dict[bytes, int] = {}
         self._blank_pages = list(range(num_pages - 1, NULL_PAGE, -1))
-        # Free pages with a hash, least recently released first.
+        # Free pages with a hash, in the order of eviction: least recently released first, but for
+        # those that were released to go first.
         self._cached_pages: OrderedDict[int, None] = OrderedDict()
 
     @property
@@ -151,10 +152,11 @@ class PagePool:
             self._page_by_hash[page_hash] = page
             self._hashes[page] = page_hash
 
-    def release(self, pages: Sequence[int]) -> None:
+    def release(self, pages: Sequence[int], *, first_out: bool = False) -> None:
         """Drop one reference of each page, given in the order of the text.
 
         The tail is freed first: then it is evicted first, and a prefix outlives its continuations.
+        first_out: pages that are now free are evicted before all that were free already.
         """
         for page in reversed(pages):
             assert self._num_references[page] > 0, f"page {page} was released but nobody holds it"
@@ -164,6 +166,8 @@ class PagePool:
                     self._blank_pages.append(page)
                 else:
                     self._cached_pages[page] = None
+                    if first_out:
+                        self._cached_pages.move_to_end(page, last=False)
 
     def reset_prefix_cache(self) -> None:
         """Forget every hash. Held pages stay with their holders; cached ones become blank."""

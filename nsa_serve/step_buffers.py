@@ -20,6 +20,7 @@ from nsa_kernels.gpu.decode_inputs import (
     PAGE_INDEX,
     SEQ_LEN,
     SOURCE,
+    SWA_PAGE,
     TOKEN,
 )
 from nsa_serve.request import Request, RequestStatus
@@ -144,12 +145,20 @@ class _Slot:
 class DecodeBuffers:
     """Static tensors of decode steps, on the device.
 
-    packed: [5, Rmax] int32, what `decode_inputs` spreads out. input_ids: [Rmax] int64. seq_lens,
-    positions: [Rmax] int32. page_table: [Rmax, Pmax] int32.
+    packed: [6, Rmax] int32, what `decode_inputs` spreads out. input_ids: [Rmax] int64. seq_lens,
+    positions: [Rmax] int32. page_table: [Rmax, Pmax] int32. swa_page_table: the same of window
+    pages, None without; a page that its row has passed may stand there yet, and is not read.
     num_pages: of the longest row of the last step.
     """
 
-    def __init__(self, *, max_num_rows: int, max_num_pages: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        max_num_rows: int,
+        max_num_pages: int,
+        device: torch.device,
+        has_swa_pages: bool = False,
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
@@ -158,6 +167,7 @@ class DecodeBuffers:
         self.seq_lens = zeros(max_num_rows)
         self.positions = zeros(max_num_rows)
         self.page_table = zeros(max_num_rows, max_num_pages)
+        self.swa_page_table = zeros(max_num_rows, max_num_pages) if has_swa_pages else None
         self._page_rows = PageRows(max_num_rows)
         self._slots: list[_Slot] = []
         # The requests of the last step, as often as each was preempted, and their order in the
@@ -167,7 +177,10 @@ class DecodeBuffers:
         self._order: list[int] = []
         self.num_pages = 0
         self._row_sender = _RowSender(self.page_table)
-        self._whole_rows: list[tuple[int, NDArray[np.int32]]] = []
+        self._swa_row_sender = None
+        if self.swa_page_table is not None:
+            self._swa_row_sender = _RowSender(self.swa_page_table)
+        self._whole_rows: list[int] = []
         shape = (NUM_FIELDS, max_num_rows)
         self._host = [_HostBuffer(shape, device) for _ in range(_NUM_HOST_BUFFERS)]
         self._num_steps = 0
@@ -205,12 +218,23 @@ class DecodeBuffers:
                 longest = num_pages
             if slot.num_pages != num_pages:
                 array[PAGE_INDEX, index], array[PAGE, index] = self._new_page(index)
+                if self._swa_row_sender is not None and array[PAGE_INDEX, index] >= 0:
+                    # A request has as many window pages as pages, and gets both at once.
+                    array[SWA_PAGE, index] = slot.request.swa_pages[-1]
         self.num_pages = longest
         if self._whole_rows:
-            self._row_sender.send(self._whole_rows)
-            self._whole_rows.clear()
+            self._send_whole_rows()
         buffer.send(self.packed)
         return ordered
+
+    def _send_whole_rows(self) -> None:
+        requests = [(place, self._slots[place].request) for place in self._whole_rows]
+        self._row_sender.send([(place, self._page_rows.get(item)) for place, item in requests])
+        if self._swa_row_sender is not None:
+            self._swa_row_sender.send(
+                [(place, np.array(item.swa_pages, np.int32)) for place, item in requests]
+            )
+        self._whole_rows.clear()
 
     def _assign(self, rows: Sequence[ScheduledRow]) -> list[ScheduledRow]:
         """Give each request a row, the one it had if it had one."""
@@ -256,7 +280,7 @@ class DecodeBuffers:
         slot.num_pages = len(pages)
         if num_new == 1 and len(pages) > 1:
             return len(pages) - 1, pages[-1]
-        self._whole_rows.append((place, self._page_rows.get(slot.request)))
+        self._whole_rows.append(place)
         return -1, 0
 
 

@@ -95,7 +95,13 @@ class WindowPages:
         # Hashes stand for known tokens: a page with a pending one is not published.
         for page, page_hash in zip(passed, request.page_hashes[start:stop], strict=False):
             self.pool.register(page, page_hash)
-        self.pool.release(passed)
+        # First out: a long prompt passes more pages than the pool keeps, and is found again by
+        # those that the first token after it reads.
+        page_size = self.pool.page_size
+        prompt_end = len(request.prompt_token_ids) // page_size * page_size
+        split = min(max(start, self.first_index(prompt_end)), stop) - start
+        self.pool.release(passed[split:])
+        self.pool.release(passed[:split], first_out=True)
         pages[start:stop] = [NULL_PAGE] * len(passed)
 
     def publish(self, request: Request, *, start: int, stop: int) -> None:

@@ -2,10 +2,12 @@
 
     python kernels/bench/decode.py [--quick] [--batches 1 8] [--contexts 8192] [--skip fla]
                                    [--cache-dtype fp8]
+    python kernels/bench/decode.py --kv-per-branch [--tiny]
 
 Everything runs from a CUDA graph over rotated input sets (timing.py). "floor" is the time that the
 bytes a decode step has to move take at the copy bandwidth of the same run; the peers' floor is
 that of dense attention. The bar is the fastest dense peer; with an FP8 cache there is none.
+--kv-per-branch runs another table, of the paper's own heads (branches.py).
 """
 
 import functools
@@ -13,6 +15,7 @@ import time
 from dataclasses import asdict, replace
 from typing import Any
 
+import branches
 import peers
 import torch
 from problem import (
@@ -102,14 +105,25 @@ def print_row(row: dict[str, Any]) -> None:
 def main() -> None:
     """Measure all shapes, print the table and the JSON."""
     parser = make_parser(__doc__)
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--batches", type=int, nargs="+")
+    parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--geometries", nargs="+", default=list(GEOMETRIES), choices=GEOMETRIES)
     parser.add_argument("--skip", nargs="*", default=[], help="peers to leave out, or 'peers'")
     parser.add_argument("--cache-dtype", default="auto", choices=CACHE_DTYPES)
     parser.add_argument("--kernels", action="store_true", help="also profile each shape's kernels")
+    parser.add_argument(
+        "--kv-per-branch", action="store_true", help="192/128 and 128/128, K/V per branch"
+    )
+    parser.add_argument("--tiny", action="store_true", help="a trial of --kv-per-branch, no GPU")
     args = parser.parse_args()
     started = time.perf_counter()
+    if args.kv_per_branch or args.tiny:
+        results = branches.run(
+            args.batches, args.contexts, skip=args.skip, quick=args.quick, tiny=args.tiny
+        )
+        finish("decode-branches", results, out=args.out, started=started)
+        return
+    args.batches, args.contexts = args.batches or BATCHES, args.contexts or CONTEXTS
     if args.quick:
         args.batches, args.contexts = [1, 8], [8192, 65536]
     budget_s = 0.08 if args.quick else 0.2

@@ -1,17 +1,21 @@
 """The linear layers of a decode step, against PyTorch and against reading the weights.
 
-    python kernels/bench/linear.py [--tune | --tune2] [--models A B] [--rows 1 8 32] [--out FILE]
+    python kernels/bench/linear.py [--tune2] [--models A B] [--rows 1 8 32] [--out FILE.json]
+    python kernels/bench/linear.py --against FILE.json
 
 Every layer of two models, with what is fused into it, from a CUDA graph over rotated weights that
-L2 does not hold: `ours` by the table of `nsa_kernels.gpu.linear`, `torch` the matrix library with
-separate kernels around it, `floor` the bytes of the weights over --bandwidth. `l2`: ours where the
-weights are in L2, what a prefetch can win at most. --tune times every candidate tile for one row
-count of each class and prints the fastest; the first lines are then its table. The chain is the
-four linears of a decoder layer in turn, 16 layers in one graph, per layer.
+L2 does not hold: `ours` as the engine runs it (`choose_config`, `starts_early`), `torch` the matrix
+library with separate kernels around it, `floor` the bytes of the weights over --bandwidth. `l2`:
+ours where the weights are in L2. The chain is the four linears of a decoder layer in turn, 16
+layers in one graph, per layer: `table` as the engine runs it, then all of them started early and
+none.
 
---tune2 instead times the kernels of `gemm.py` and `gemv.py` against the table and PyTorch, names
-them as `gemm BLOCK_N x block_k x warps / stages`, and runs the chain of the fastest without early
-launch, with it, and with weights that are loaded before the wait.
+--tune2 (or --tune) times every candidate instead, with the start that the engine gives that layer,
+prints the fastest, runs the chain of the fastest, too, and then says what the table loses against
+them. Names: `gemv PAIRS x unroll x warps`, `gemm BLOCK_N x block_k x warps / stages`, and that of
+the skinny kernel, `BLOCK_N x slice_k x warps / stages`.
+
+--against says the same of the table as it is now and an earlier result of --tune2, without a GPU.
 
 Kernels are compiled first, by --workers processes (`--part i/n` compiles one share and ends).
 """
@@ -19,6 +23,7 @@ Kernels are compiled first, by --workers processes (`--part i/n` compiles one sh
 import argparse
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -35,81 +40,66 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nsa_kernels.gpu import linear as skinny
 from nsa_kernels.gpu.gemm import GEMM_ROW_CLASSES, GemmConfig
 from nsa_kernels.gpu.gemv import LANES_K, GemvConfig, can_gemv
-from nsa_kernels.gpu.linear import Rotary, SkinnyConfig, choose_config, row_class, skinny_config
+from nsa_kernels.gpu.linear import (
+    LinearConfig,
+    choose_config,
+    linear,
+    linear_by_torch,
+    starts_early,
+)
+from nsa_kernels.gpu.linear_tile import Rotary
+from nsa_kernels.gpu.skinny import MAX_FOLDED_NORM_ROWS, SkinnyConfig, row_class
 
 NUM_LAYERS = 16
 EPS = 1e-5
 ROWS = (1, 2, 4, 8, 16, 24, 32, 64)
-TUNED_ROWS = (1, 8, 16, 32, 64)
+TUNED_ROWS = (1, 4, 8, 16, 32)
 # Weights of a measurement from L2 are at most so large: half of an H200's.
 L2_BYTES = 25e6
-# (block_n, slice_k, num_warps, num_stages) by class of rows, without and with splits.
-TILES = {
+# (block_n, slice_k, num_warps, num_stages) of the skinny kernel, by class of rows.
+SKINNY_TILES = {
     8: [
-        (16, 128, 4, 4),
         (16, 128, 4, 3),
-        (16, 64, 4, 6),
-        (16, 256, 2, 4),
-        (16, 64, 8, 4),
+        (16, 128, 4, 4),
+        (16, 128, 8, 2),
         (16, 128, 8, 3),
+        (16, 128, 16, 2),
+        (16, 256, 2, 4),
+        (16, 256, 4, 2),
+        (16, 256, 4, 3),
+        (16, 256, 8, 2),
+        (16, 64, 4, 6),
         (32, 64, 4, 4),
         (32, 128, 4, 3),
-        (32, 64, 4, 6),
+        (32, 128, 8, 2),
         (64, 64, 4, 3),
     ],
     16: [
-        (16, 128, 4, 3),
         (16, 128, 4, 4),
+        (16, 128, 8, 3),
+        (16, 256, 4, 3),
         (16, 64, 4, 5),
-        (16, 64, 8, 4),
-        (32, 64, 4, 3),
         (32, 64, 4, 4),
         (32, 128, 4, 3),
         (64, 64, 4, 3),
     ],
-    32: [
-        (16, 64, 4, 4),
-        (16, 64, 8, 3),
-        (32, 64, 4, 3),
-        (32, 64, 4, 4),
-        (32, 64, 8, 3),
-        (64, 64, 4, 3),
-        (64, 32, 8, 4),
-        (128, 32, 4, 4),
-    ],
-    64: [
-        (16, 64, 4, 3),
-        (32, 64, 4, 3),
-        (32, 32, 8, 4),
-        (32, 64, 8, 3),
-        (64, 32, 4, 4),
-        (64, 32, 8, 3),
-        (64, 64, 8, 2),
-    ],
+    32: [(16, 64, 4, 4), (16, 64, 8, 3), (32, 64, 4, 4), (64, 64, 4, 3)],
 }
-SPLIT_TILES = {
-    8: [(32, 64, 4, 4, 2), (16, 128, 4, 4, 2)],
-    16: [(32, 64, 4, 4, 2), (32, 64, 4, 4, 4)],
-    32: [(32, 64, 4, 4, 2), (32, 64, 4, 3, 4), (64, 64, 4, 3, 2), (64, 64, 4, 3, 4)],
-    64: [(32, 64, 4, 3, 2), (64, 32, 4, 4, 2), (64, 32, 4, 4, 4), (64, 32, 8, 3, 4)],
-}
-# For --tune2: rows, rows of its chain, and tiles (block_n, block_k, num_warps, num_stages) of gemm.
-TUNED2_ROWS = (1, 4, 8, 16, 32)
-CHAIN2_ROWS = (1, 8, 32)
+# (block_n, block_k, num_warps, num_stages) of gemm, by class of rows, and of which of them the norm
+# is tried inside, too.
 GEMM_TILES = {
-    16: [(64, 128, 4, 4), (64, 128, 4, 3), (64, 64, 4, 5), (128, 64, 4, 4)],
-    32: [(64, 128, 4, 4), (64, 64, 4, 5), (128, 64, 4, 4), (128, 64, 4, 3), (128, 128, 8, 3)],
-    64: [(64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (256, 64, 8, 3)],
+    16: [(64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3)],
+    32: [(64, 128, 4, 4), (64, 256, 4, 3), (128, 64, 4, 3), (32, 128, 4, 4), (32, 256, 4, 3)],
 }
-# (pairs, unroll, num_warps) of gemv.
-GEMV_TILES = [(1, 4, 1), (4, 4, 4), (8, 2, 4)]
-NUM_SMS, SM_SHARED = 132, 233472
-MAX_SPLITS, MIN_SPLIT_STEPS = 16, 4
-# Layers of more weights have programs enough.
-MAX_SPLIT_BYTES = 130e6
+FOLDED_GEMM_TILES = ((64, 128, 4, 4), (64, 256, 4, 3), (32, 256, 4, 3))
+# (pairs, unroll, num_warps) of gemv, for one row and for more.
+GEMV_TILES = [(1, 4, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (2, 8, 2), (8, 2, 4)]
+GEMV_TILES_OF_ROWS = [(1, 1, 1), (1, 2, 1), (2, 2, 2), (4, 2, 4)]
+NUM_SMS, MIN_SPLIT_STEPS = 132, 4
+# What a choice may lose against the fastest that was measured before it is worth a line.
+LOSS = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +112,10 @@ class Layer:
     fused: str
     num_rotated: int = 0
     head_dim: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_weights, self.num_in
 
     @property
     def weight_bytes(self) -> int:
@@ -149,8 +143,6 @@ MODELS = {
     ),
 }
 
-Config = SkinnyConfig | GemvConfig | GemmConfig
-
 
 class Inputs:
     """What a layer takes beside its weight, for M rows, in bf16 on `device`."""
@@ -174,12 +166,12 @@ class Inputs:
     def ours(
         self,
         weight: Tensor,
-        config: Config | None,
+        config: LinearConfig | None,
         *,
         x: Tensor | None = None,
-        launch_pdl: bool = True,
+        launch_pdl: bool | None = None,
     ) -> Tensor:
-        return skinny.linear(
+        return linear(
             self.x if x is None else x,
             weight,
             norm=self.norm,
@@ -193,64 +185,50 @@ class Inputs:
 
     def by_torch(self, weight: Tensor, *, x: Tensor | None = None) -> Tensor:
         x = self.x if x is None else x
-        return skinny.linear_by_torch(
+        return linear_by_torch(
             x, weight, None, self.norm, self.residual, self.swiglu, self.rotary, self.dtype
         )
 
 
-def table_config(layer: Layer, num_rows: int) -> Config | None:
+def table_config(layer: Layer, num_rows: int) -> LinearConfig | None:
     """The configuration that `linear` would choose."""
-    sizes = (num_rows, layer.num_weights, layer.num_in)
-    return choose_config(*sizes, torch.bfloat16)
+    config = choose_config(num_rows, layer.num_weights, layer.num_in, torch.bfloat16)
+    if isinstance(config, SkinnyConfig) and "norm" not in layer.fused:
+        return replace(config, fold_norm=True)  # the same without a norm, and by one name
+    return config
 
 
-def candidates(layer: Layer, size: int) -> list[SkinnyConfig]:
-    """Every configuration to try for a class of rows, that of the table first."""
-    default = skinny_config(size, layer.num_weights, layer.num_in, torch.bfloat16)
-    found = [] if default is None else [default]
-    has_norm = "norm" in layer.fused
-    for tile in TILES[size]:
-        found.append(SkinnyConfig(*tile, fold_norm=size <= skinny.MAX_FOLDED_NORM_ROWS))
-    if layer.weight_bytes <= MAX_SPLIT_BYTES and not has_norm:
-        for block_n, slice_k, num_warps, num_stages, splits in SPLIT_TILES[size]:
-            found.append(
-                SkinnyConfig(
-                    block_n, slice_k, num_warps, num_stages, fold_norm=False, splits=splits
-                )
-            )
+def candidates(layer: Layer, num_rows: int) -> list[LinearConfig]:
+    """Every configuration to try, that of the table first."""
+    found: list[LinearConfig] = []
+    default, has_norm = table_config(layer, num_rows), "norm" in layer.fused
     if default is not None:
-        found.append(replace(default, prefetch=not default.prefetch))
-        if has_norm:
-            found.append(replace(default, fold_norm=not default.fold_norm))
-    return list(dict.fromkeys(found))
-
-
-def candidates2(layer: Layer, num_rows: int) -> list[Config]:
-    """Every configuration that --tune2 tries, that of the table first."""
-    found: list[Config] = []
-    sizes = (num_rows, layer.num_weights, layer.num_in)
-    for default in (table_config(layer, num_rows), skinny_config(*sizes, torch.bfloat16)):
-        if default is not None:
-            found.append(default)
-    if can_gemv(*sizes, torch.bfloat16):
-        for pairs, unroll, num_warps in GEMV_TILES:
+        found.append(default)
+    if isinstance(default, SkinnyConfig) and has_norm:
+        found.append(replace(default, fold_norm=not default.fold_norm))
+    if can_gemv(num_rows, layer.num_weights, layer.num_in, torch.bfloat16):
+        for pairs, unroll, num_warps in GEMV_TILES if num_rows == 1 else GEMV_TILES_OF_ROWS:
             if layer.num_in % (unroll * LANES_K) == 0:
                 found.append(GemvConfig(pairs, unroll, num_warps, early=False))
-    size = next(size for size in GEMM_ROW_CLASSES if size >= num_rows)
-    for block_n, block_k, num_warps, num_stages in GEMM_TILES[size]:
-        # As many programs as are resident at once, and half of them.
-        resident = SM_SHARED // ((block_n + size) * block_k * 2 * num_stages + 1024)
-        steps = layer.num_in // block_k
-        most = max(1, min(MAX_SPLITS, steps // MIN_SPLIT_STEPS))
-        wave = NUM_SMS * resident // -(-layer.num_weights // block_n)
-        for splits in (min(most, max(1, wave)), min(most, max(1, wave // 2))):
-            found.append(GemmConfig(block_n, block_k, num_warps, num_stages, splits))
+    size = row_class(num_rows)
+    # One of the heads' dozen waves of programs is like another.
+    skinny_tiles = SKINNY_TILES[size] if "logits" not in layer.fused else []
+    for tile in [*skinny_tiles, (32, 64, 4, 4)]:
+        found.append(SkinnyConfig(*tile, fold_norm=not has_norm or size <= MAX_FOLDED_NORM_ROWS))
+        if has_norm and layer.num_weights < NUM_SMS * 64 and size <= MAX_FOLDED_NORM_ROWS:
+            found.append(SkinnyConfig(*tile, fold_norm=False))
+    gemm_size = next(size for size in GEMM_ROW_CLASSES if size >= num_rows)
+    for block_n, block_k, num_warps, num_stages in GEMM_TILES[gemm_size]:
+        tile = (block_n, block_k, num_warps, num_stages)
+        # As many programs as keep all multiprocessors busy, and twice that.
+        num_tiles = -(-layer.num_weights // block_n)
+        wave = 1 << (max(1, NUM_SMS // num_tiles) - 1).bit_length()
+        most = max(1, layer.num_in // block_k // MIN_SPLIT_STEPS)
+        for splits in {min(most, wave), min(most, 2 * wave) if num_tiles < 2 * NUM_SMS else 1}:
+            found.append(GemmConfig(*tile, splits))
+            if has_norm and tile in FOLDED_GEMM_TILES:
+                found.append(GemmConfig(*tile, splits, fold_norm=True))
     return list(dict.fromkeys(found))
-
-
-def with_early_weights(config: Config | None) -> Config | None:
-    """The same, and the first weights are loaded before the wait where the kernel can."""
-    return replace(config, early=True) if isinstance(config, GemvConfig | GemmConfig) else config
 
 
 @contextmanager
@@ -274,46 +252,35 @@ def compile_only() -> Iterator[None]:
         JITFunction.run = run
 
 
-def jobs2(layers: list[Layer], rows: list[int]) -> list[tuple[Layer, int, Any, bool]]:
-    """(layer, rows, configuration, launch_pdl) of every kernel that --tune2 will run."""
-    found: dict[tuple[Layer, int, Any, bool], None] = {}
-    compiled: set[tuple[Layer, int, Any, bool]] = set()
+def jobs(layers: list[Layer], rows: list[int], *, tune: bool) -> list[tuple[Layer, int, Any, Any]]:
+    """(layer, rows, configuration, launch_pdl) of every kernel that the bench will run, once."""
+    found: dict[Any, tuple[Layer, int, Any, Any]] = {}
     for layer, num_rows in itertools.product(layers, rows):
-        for config in candidates2(layer, num_rows):
-            kinds: list[tuple[Config | None, bool]] = [(config, True)]
-            if num_rows in CHAIN2_ROWS and not layer.name.endswith("head"):
-                kinds += [(config, False), (with_early_weights(config), True)]
-            for kind in kinds:
-                # One kernel of gemm does for all rows of a class.
-                size = 16 if isinstance(config, GemmConfig) and num_rows <= 16 else num_rows
-                if (layer, size, *kind) not in compiled:
-                    compiled.add((layer, size, *kind))
-                    found[layer, num_rows, *kind] = None
-    return list(found)
-
-
-def jobs(layers: list[Layer], rows: list[int], *, tune: bool) -> list[tuple[Layer, int, Any, bool]]:
-    """(layer, rows, configuration, launch_pdl) of every kernel that the bench will run."""
-    found: dict[tuple[Layer, int, Any, bool], None] = {}
-    for layer, num_rows in itertools.product(layers, rows):
-        size = row_class(num_rows)
         default = table_config(layer, num_rows)
-        for config in [default, *(candidates(layer, size) if tune else ())]:
-            if config is not None:
-                found[layer, size, config, True] = None
-                if config == default:
-                    found[layer, size, config, False] = None
-    return list(found)
+        for config in candidates(layer, num_rows) if tune else [default]:
+            if config is None:
+                continue
+            # One kernel does for all rows of a class.
+            size = row_class(num_rows)
+            if isinstance(config, GemvConfig):
+                size = num_rows
+            elif isinstance(config, GemmConfig):
+                size = max(16, size)
+            has_chain = not layer.name.endswith("head")
+            engine = starts_early(num_rows, torch.empty(layer.shape, device="meta"))
+            for launch_pdl in (False, True) if has_chain else (engine,):
+                found.setdefault(
+                    (layer, size, config, launch_pdl), (layer, num_rows, config, launch_pdl)
+                )
+    return list(found.values())
 
 
-def compile_share(work: list[tuple[Layer, int, Any, bool]], part: str) -> None:
+def compile_share(work: list[tuple[Layer, int, Any, Any]], part: str) -> None:
     """Compile the kernels number i, i + n, ... of `work`, where part is "i/n"."""
     index, count = (int(number) for number in part.split("/"))
     with compile_only():
         for layer, num_rows, config, launch_pdl in work[index::count]:
-            weight = torch.empty(
-                layer.num_weights, layer.num_in, dtype=torch.bfloat16, device="meta"
-            )
+            weight = torch.empty(layer.shape, dtype=torch.bfloat16, device="meta")
             try:
                 Inputs(layer, num_rows, "meta").ours(weight, config, launch_pdl=launch_pdl)
             except Exception as error:  # the bench will meet it again, and say so
@@ -342,8 +309,8 @@ def time_us(call: Any, weights: list[Tensor]) -> float:
     return timing.ms * 1e3
 
 
-def describe(config: Config | None) -> str:
-    """A configuration as in `SkinnyConfig(...)`, short."""
+def describe(config: LinearConfig | None) -> str:
+    """A configuration in a few characters: its kernel and the numbers of its constructor."""
     if config is None:
         return "torch"
     if isinstance(config, GemvConfig):
@@ -351,61 +318,85 @@ def describe(config: Config | None) -> str:
         return f"gemv {config.pairs}x{config.unroll}x{config.num_warps}{early}"
     if isinstance(config, GemmConfig):
         tile = f"gemm {config.block_n}x{config.block_k}x{config.num_warps}/{config.num_stages}"
-        return f"{tile} split {config.splits}{' early' if config.early else ''}"
-    flags = ("" if config.fold_norm else " norm apart") + (
-        "" if config.prefetch else " no prefetch"
-    )
-    if config.splits > 1:
-        flags = f" split {config.splits}{flags}"
-    return f"{config.block_n}x{config.slice_k}x{config.num_warps}/{config.num_stages}{flags}"
+        return f"{tile} split {config.splits}{' norm inside' if config.fold_norm else ''}"
+    apart = "" if config.fold_norm else " norm apart"
+    return f"{config.block_n}x{config.slice_k}x{config.num_warps}/{config.num_stages}{apart}"
 
 
 def make_weights(layer: Layer) -> list[Tensor]:
     """As many weights as L2 cannot hold."""
-    shape = (layer.num_weights, layer.num_in)
     scale = layer.num_in**-0.5
     return [
-        torch.randn(shape, dtype=torch.bfloat16, device="cuda") * scale
+        torch.randn(layer.shape, dtype=torch.bfloat16, device="cuda") * scale
         for _ in range(num_sets(layer.weight_bytes))
     ]
 
 
-def tune_layer(
-    layer: Layer, weights: list[Tensor], rows: list[int], *, second: bool = False
-) -> list[dict[str, Any]]:
-    """Time every candidate, those of --tune2 if `second`, and print the fastest of each rows."""
+def tune_layer(layer: Layer, weights: list[Tensor], rows: list[int]) -> list[dict[str, Any]]:
+    """Time every candidate as the engine would start it; print the three fastest of each rows."""
     records: list[dict[str, Any]] = []
     for num_rows in rows:
         inputs = Inputs(layer, num_rows, "cuda")
-        times: list[tuple[float, Config | None]] = []
-        tried: list[Any] = (
-            candidates2(layer, num_rows) if second else candidates(layer, row_class(num_rows))
-        )
-        for config in tried:
+        times: dict[str, float] = {}
+        for config in candidates(layer, num_rows):
             try:
-                us = time_us(lambda w, c=config, i=inputs: i.ours(w, c), weights)
+                times[describe(config)] = time_us(
+                    lambda w, c=config, i=inputs: i.ours(w, c), weights
+                )
             except Exception as error:
                 print(f"{layer.name} {num_rows} {describe(config)}: {error}"[:200])
                 torch.cuda.synchronize()
-                continue
-            times.append((us, config))
-        times.append((time_us(inputs.by_torch, weights), None))
-        ranked = sorted(times, key=lambda item: item[0])
-        shown = ", ".join(
-            f"{describe(config)} {us:.2f}" for us, config in ranked[: 3 if second else 4]
-        )
-        default = next(
-            (us for us, config in times if config == table_config(layer, num_rows)), float("nan")
-        )
+        times["torch"] = time_us(inputs.by_torch, weights)
+        ranked = sorted(times, key=times.__getitem__)
+        shown = ", ".join(f"{name} {times[name]:.2f}" for name in ranked[:3])
+        default = times.get(describe(table_config(layer, num_rows)), float("nan"))
         print(f"{layer.name:10} M {num_rows:3}: {shown}; table {default:.2f}", flush=True)
         records.append(
             {
                 "layer": layer.name,
                 "rows": num_rows,
-                "us": {describe(config): round(us, 3) for us, config in ranked},
+                "us": {name: round(times[name], 3) for name in ranked},
             }
         )
     return records
+
+
+def compare_choices(tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the table chooses now against the fastest of each record of `tune_layer`.
+
+    loss: time of the choice over the best, less 1; None if the choice was not measured.
+    """
+    layers = {layer.name: layer for model in MODELS.values() for layer in model}
+    found = []
+    for record in tuned:
+        layer, num_rows = layers[record["layer"]], record["rows"]
+        us: dict[str, float] = {}
+        for name, value in record["us"].items():
+            # Results of older versions have a prefetch that is no more, and no norm apart.
+            name = name.replace(" no prefetch", "")
+            if "norm" not in layer.fused:
+                name = name.removesuffix(" norm apart")
+            us[name] = min(value, us.get(name, value))
+        choice, best = describe(table_config(layer, num_rows)), min(us, key=us.__getitem__)
+        loss = round(us[choice] / us[best] - 1, 4) if choice in us else None
+        found.append(
+            {"layer": layer.name, "rows": num_rows, "choice": choice, "best": best, "loss": loss}
+        )
+    return found
+
+
+def print_losses(choices: list[dict[str, Any]]) -> None:
+    """Print the choices that lose more than LOSS, or are not known, and a summary."""
+    known = [choice["loss"] for choice in choices if choice["loss"] is not None]
+    for choice in choices:
+        loss = choice["loss"]
+        if loss is None or loss > LOSS:
+            shown = "not measured" if loss is None else f"{100 * loss:+.1f} %"
+            at = f"{choice['layer']} M {choice['rows']}"
+            print(f"table at {at}: {choice['choice']}, {shown} against {choice['best']}")
+    if known:
+        mean, worst = sum(known) / len(known), max(known)
+        print(f"table: {100 * mean:.2f} % over the best on average, {100 * worst:.1f} % at worst")
 
 
 def measure_layer(
@@ -442,17 +433,20 @@ def measure_layer(
 
 
 def measure_chain(
-    model: str, rows: list[int], bandwidth: float, best: dict[tuple[str, int], SkinnyConfig | None]
+    model: str,
+    rows: list[int],
+    bandwidth: float,
+    best: dict[tuple[str, int], LinearConfig | None],
 ) -> list[dict[str, Any]]:
     """Time a decoder layer's four linears in turn, per layer of 16, and print a line each.
 
-    best: configurations by (layer, class of rows) to run beside those of the table.
+    best: by (layer, rows), None for PyTorch, to run beside the table's; empty if not tuned.
     """
     layers = MODELS[model][:4]
     weights = {
-        (layer, i): torch.randn(
-            layer.num_weights, layer.num_in, dtype=torch.bfloat16, device="cuda"
-        ).mul_(layer.num_in**-0.5)
+        (layer, i): torch.randn(layer.shape, dtype=torch.bfloat16, device="cuda").mul_(
+            layer.num_in**-0.5
+        )
         for layer in layers
         for i in range(NUM_LAYERS)
     }
@@ -460,75 +454,25 @@ def measure_chain(
     records: list[dict[str, Any]] = []
     for num_rows in rows:
         inputs = [Inputs(layer, num_rows, "cuda") for layer in layers]
-        configs = {
-            "table": [table_config(layer, num_rows) for layer in layers],
-            "tuned": [best.get((layer.name, row_class(num_rows))) for layer in layers],
-        }
-        configs["no early launch"] = configs["table"]
-
-        def chain(how: str, inputs: Any = inputs, configs: Any = configs) -> Tensor:
-            x: Tensor = inputs[0].x
-            for i in range(NUM_LAYERS):
-                for j, (layer, given) in enumerate(zip(layers, inputs, strict=True)):
-                    weight = weights[layer, i]
-                    # Attention would stand before o: its output is as wide as o takes.
-                    x = x[:, : layer.num_in]
-                    if how == "torch":
-                        x = given.by_torch(weight, x=x)
-                    else:
-                        early = how != "no early launch"
-                        x = given.ours(weight, configs[how][j], x=x, launch_pdl=early)
-            return x
-
-        kinds = ["table", "no early launch", "torch", *(["tuned"] if best else [])]
-        us = {}
-        for how in kinds:
-            timing = time_graph([functools.partial(chain, how)], min_calls=1, budget_s=0.02)
-            us[how] = round(timing.ms * 1e3 / NUM_LAYERS, 2)
-        shown = ", ".join(f"{how} {value:.2f}" for how, value in us.items())
-        print(f"{model} layer x{num_rows:<3} us: {shown}; floor {floor:.2f}", flush=True)
-        records.append({"model": model, "rows": num_rows, "floor_us": round(floor, 2), "us": us})
-    return records
-
-
-def measure_chain2(
-    model: str, bandwidth: float, best: dict[tuple[str, int], Config | None]
-) -> list[dict[str, Any]]:
-    """Time a decoder layer's four linears in turn by the fastest kernels, and print a line each.
-
-    best: by (layer, rows), None for PyTorch.
-    """
-    layers = MODELS[model][:4]
-    weights = {
-        layer: [
-            torch.randn(layer.num_weights, layer.num_in, dtype=torch.bfloat16, device="cuda").mul_(
-                layer.num_in**-0.5
-            )
-            for _ in range(NUM_LAYERS)
-        ]
-        for layer in layers
-    }
-    floor = sum(layer.weight_bytes for layer in layers) / bandwidth * 1e6
-    records: list[dict[str, Any]] = []
-    for num_rows in CHAIN2_ROWS:
-        inputs = [Inputs(layer, num_rows, "cuda") for layer in layers]
-        fastest = [best[layer.name, num_rows] for layer in layers]
-        early = [with_early_weights(config) for config in fastest]
         table = [table_config(layer, num_rows) for layer in layers]
-        kinds: dict[str, tuple[list[Config | None], bool]] = {
-            "no early launch": (fastest, False),
-            "early launch": (fastest, True),
-            "early weights": (early, True),
-            "table": (table, True),
+        kinds: dict[str, tuple[list[LinearConfig | None], bool | None]] = {
+            "table": (table, None),
+            "table early": (table, True),
+            "table not early": (table, False),
             "torch": ([None] * len(layers), False),
         }
+        if best:
+            fastest = [best[layer.name, num_rows] for layer in layers]
+            kinds |= {"tuned early": (fastest, True), "tuned not early": (fastest, False)}
 
-        def chain(configs: list[Config | None], launch_pdl: bool, inputs: Any = inputs) -> Tensor:
+        def chain(
+            configs: list[LinearConfig | None], launch_pdl: bool | None, inputs: Any = inputs
+        ) -> Tensor:
             x: Tensor = inputs[0].x
             for i in range(NUM_LAYERS):
                 for layer, given, config in zip(layers, inputs, configs, strict=True):
                     # Attention would stand before o: its output is as wide as o takes.
-                    x, weight = x[:, : layer.num_in], weights[layer][i]
+                    x, weight = x[:, : layer.num_in], weights[layer, i]
                     if config is None:
                         x = given.by_torch(weight, x=x)
                     else:
@@ -547,29 +491,11 @@ def measure_chain2(
                 "rows": num_rows,
                 "floor_us": round(floor, 2),
                 "us": us,
-                "configs": [describe(config) for config in fastest],
+                "table": [describe(config) for config in table],
+                "tuned": [describe(best[layer.name, num_rows]) for layer in layers] if best else [],
             }
         )
     return records
-
-
-@torch.inference_mode()
-def run_second(args: argparse.Namespace, layers: list[Layer], rows: list[int]) -> dict[str, Any]:
-    """Everything of --tune2 that runs on the GPU."""
-    tuned: list[dict[str, Any]] = []
-    best: dict[tuple[str, int], Config | None] = {}
-    for layer in layers:
-        by_name = {describe(c): c for num_rows in rows for c in candidates2(layer, num_rows)}
-        weights = make_weights(layer)
-        for record in tune_layer(layer, weights, rows, second=True):
-            tuned.append(record)
-            best[layer.name, record["rows"]] = by_name.get(next(iter(record["us"])))
-        del weights
-    chains: list[dict[str, Any]] = []
-    if not args.no_chain and not args.layers and set(CHAIN2_ROWS) <= set(rows):
-        for model in args.models:
-            chains += measure_chain2(model, args.bandwidth, best)
-    return {"tuned": tuned, "chains": chains}
 
 
 def main() -> None:
@@ -578,66 +504,62 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=sorted(MODELS), default=sorted(MODELS))
     parser.add_argument("--layers", nargs="+", help="names such as A.o; all if absent")
     parser.add_argument("--rows", nargs="+", type=int)
-    parser.add_argument("--tune", action="store_true", help="time every candidate tile")
-    parser.add_argument("--tune2", action="store_true", help="time gemm and gemv only")
+    parser.add_argument("--tune", "--tune2", action="store_true", help="time every candidate")
+    parser.add_argument("--against", type=Path, help="only compare the table with this result")
     parser.add_argument("--no-chain", action="store_true")
     parser.add_argument("--bandwidth", type=float, default=4.25e12, help="bytes a second")
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--part", help="i/n: only compile this share")
     args = parser.parse_args()
     started = time.perf_counter()
+    if args.against:
+        choices = compare_choices(json.loads(args.against.read_text())["tuned"])
+        print_losses(choices)
+        finish("linear", {"choices": choices}, out=args.out, started=started)
+        return
     layers = [
         layer
         for model in args.models
         for layer in MODELS[model]
         if not args.layers or layer.name in args.layers
     ]
-    rows = args.rows or list(TUNED_ROWS[:3] if args.quick else ROWS)
-    tuned_rows = [m for m in (args.rows or TUNED_ROWS) if m in rows]
-    if args.tune2:
-        rows = args.rows or list(TUNED2_ROWS)
+    rows = args.rows or list(TUNED_ROWS if args.tune else ROWS[:3] if args.quick else ROWS)
+    if args.tune and max(rows) > max(SKINNY_TILES):
+        parser.error(f"--tune has candidates for at most {max(SKINNY_TILES)} rows, got {max(rows)}")
     if args.part:
-        work = jobs2(layers, rows) if args.tune2 else jobs(layers, rows, tune=args.tune)
-        compile_share(work, args.part)
+        compile_share(jobs(layers, rows, tune=args.tune), args.part)
         return
     torch.manual_seed(0)
     compile_s = compile_all(sys.argv[1:], args.workers)
     print(f"compiled in {compile_s:.1f} s")
-    if args.tune2:
-        results = run_second(args, layers, rows)
-    else:
-        results = run_all(args, layers, rows, tuned_rows)
+    results = run_all(args, layers, rows)
     finish("linear", {"compile_s": round(compile_s, 1), **results}, out=args.out, started=started)
 
 
 @torch.inference_mode()
-def run_all(
-    args: argparse.Namespace, layers: list[Layer], rows: list[int], tuned_rows: list[int]
-) -> dict[str, Any]:
+def run_all(args: argparse.Namespace, layers: list[Layer], rows: list[int]) -> dict[str, Any]:
     """Everything that runs on the GPU."""
-    tuned: list[dict[str, Any]] = []
-    measured: list[dict[str, Any]] = []
-    chains: list[dict[str, Any]] = []
-    best: dict[tuple[str, int], SkinnyConfig | None] = {}
+    results: dict[str, Any] = {"tuned": [], "layers": [], "chains": []}
+    best: dict[tuple[str, int], LinearConfig | None] = {}
+    if not args.tune:
+        print(f"{'layer':10} {'M':>3} {'ours':>8} {'torch':>8} {'floor':>8} {'over':>7} l2, us")
     for layer in layers:
         weights = make_weights(layer)
         if args.tune:
-            tuned += tune_layer(layer, weights, tuned_rows)
-            by_name = {
-                describe(config): config for size in TILES for config in candidates(layer, size)
-            }
-            for record in tuned:
-                if record["layer"] == layer.name:
-                    fastest = next((n for n in record["us"] if n != "torch"), None)
-                    best[layer.name, row_class(record["rows"])] = by_name.get(fastest or "")
-        if layer is layers[0] or args.tune:
-            print(f"{'layer':10} {'M':>3} {'ours':>8} {'torch':>8} {'floor':>8} {'over':>7} l2, us")
-        measured += measure_layer(layer, weights, rows, args.bandwidth)
+            by_name = {describe(c): c for num_rows in rows for c in candidates(layer, num_rows)}
+            for record in tune_layer(layer, weights, rows):
+                results["tuned"].append(record)
+                best[layer.name, record["rows"]] = by_name.get(next(iter(record["us"])))
+        else:
+            results["layers"] += measure_layer(layer, weights, rows, args.bandwidth)
         del weights
+    if args.tune:
+        results["choices"] = compare_choices(results["tuned"])
+        print_losses(results["choices"])
     if not args.no_chain and not args.layers:
         for model in args.models:
-            chains += measure_chain(model, rows, args.bandwidth, best)
-    return {"tuned": tuned, "layers": measured, "chains": chains}
+            results["chains"] += measure_chain(model, rows, args.bandwidth, best)
+    return results
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ def main() -> None:
     parser.add_argument("--cache-dtype", default="auto", choices=["auto", "fp8"])
     parser.add_argument("--head-dims", type=int, nargs=2, default=[128, 128], metavar=("D", "DV"))
     parser.add_argument("--num-heads", type=int, nargs=2, default=[64, 4], metavar=("HQ", "H"))
+    parser.add_argument("--kv-per-branch", action="store_true", help="of its own for every branch")
+    parser.add_argument("--mlp-hidden", type=int, default=0, help="learned compression; 0: mean")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--out", type=Path, help="write the JSON to this file, too")
@@ -223,6 +225,8 @@ def main() -> None:
         v_head_dim=args.head_dims[1],
         dtype=DTYPES[args.dtype],
         cache_dtype=CACHE_DTYPES[args.cache_dtype],
+        kv_per_branch=args.kv_per_branch,
+        mlp_hidden_size=args.mlp_hidden,
     )
     # Starts in the cache and number of new tokens, of each row.
     steps = {

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 BACKENDS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+_SDPA = {**BACKENDS, "efficient": SDPBackend.EFFICIENT_ATTENTION}
 Builder = Callable[[], Sequence[Call]]
 
 
@@ -33,8 +34,9 @@ def measure(build: Builder, *, budget_s: float = 0.25) -> dict[str, Any]:
     except Exception as error:  # whatever a peer raises is its result
         message = (str(error).splitlines() or [""])[0]
         result = {"error": f"{type(error).__name__}: {message}"[:300]}
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
     return result
 
 
@@ -45,12 +47,13 @@ def fastest(results: dict[str, dict[str, Any]]) -> tuple[str, float] | None:
 
 
 def sdpa_decode(
-    backend: str, heads: Heads, batch: int, context: int, *, packed: bool
+    backend: str, heads: Heads, batch: int, context: int, *, packed: bool, padded: bool = False
 ) -> list[Call]:
     """Torch's dense decode over contiguous K/V [B, H, s, D].
 
     packed: the heads of a group are the query rows of their KV head, which needs no mask because
     all of them see everything; else one query row a head with enable_gqa.
+    padded: values are stored as wide as keys, for kernels that know one width.
     """
     count = num_sets(dense_decode_bytes(heads, batch, context))
     group = heads.num_q_heads // heads.num_kv_heads
@@ -61,13 +64,16 @@ def sdpa_decode(
     )
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(BACKENDS[backend]):
-            return F.scaled_dot_product_attention(q, k, v, enable_gqa=not packed)
+        with sdpa_kernel(_SDPA[backend]):
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=not packed)
+        return out[..., : heads.v_head_dim]
 
     calls: list[Call] = []
     for _ in range(count):
-        q = torch.randn(*q_shape, dtype=heads.dtype, device="cuda")
+        q = torch.randn(*q_shape, dtype=heads.dtype, device=_device())
         k, v = _dense_cache(heads, batch, context)
+        if padded:
+            v = F.pad(v, (0, heads.head_dim - heads.v_head_dim))
         calls.append(functools.partial(call, q, k, v))
     return calls
 
@@ -76,6 +82,8 @@ def flashinfer_decode(problem: Problem, context: int) -> list[Call]:
     """FlashInfer's paged decode with tensor cores, over the pages of the operator's own caches."""
     flashinfer = importlib.import_module("flashinfer")
     heads, batch = problem.heads, len(problem.pages)
+    if heads.head_dim != heads.v_head_dim:
+        raise ValueError("FlashInfer's decode has keys and values of one width")
     page_size = problem.spec.block_size
     indices = torch.tensor(list(itertools.chain(*problem.pages)), dtype=torch.int32, device="cuda")
     pages_per_row = len(problem.pages[0])
@@ -116,12 +124,17 @@ def dense_decode(
 ) -> dict[str, Builder]:
     """All dense decode peers; `problem` lends its pages to FlashInfer."""
     peers: dict[str, Builder] = {}
-    for backend in BACKENDS:
-        for packed in (False, True):
-            name = f"{backend}{'-packed' if packed else ''}"
-            peers[name] = functools.partial(
-                sdpa_decode, backend, heads, batch, context, packed=packed
-            )
+    paddings = (False, True) if heads.v_head_dim < heads.head_dim else (False,)
+    for backend, packed, padded in itertools.product(BACKENDS, (False, True), paddings):
+        name = f"{backend}{'-packed' if packed else ''}{'-padded' if padded else ''}"
+        peers[name] = functools.partial(
+            sdpa_decode, backend, heads, batch, context, packed=packed, padded=padded
+        )
+    if heads.v_head_dim != heads.head_dim:
+        # The one kernel of torch with two widths; it knows no groups.
+        peers["efficient-packed"] = functools.partial(
+            sdpa_decode, "efficient", heads, batch, context, packed=True
+        )
     if problem is not None:
         peers["flashinfer"] = functools.partial(flashinfer_decode, problem, context)
     return peers
@@ -166,16 +179,22 @@ def check_decode_peers(heads: Heads, *, batch: int = 2, context: int = 1024) -> 
             actual = call()
             assert isinstance(actual, Tensor)
             actual = actual.float().reshape(batch, heads.num_q_heads, -1)
+            expected = expected[..., : heads.v_head_dim]
             errors[name] = float((actual - expected).norm() / expected.norm())
         except Exception as error:  # the same peers fail later, with their message in the table
             errors[name] = f"{type(error).__name__}: {error}"[:160]
     return errors
 
 
+def _device() -> str:
+    """Where peers run: on the CPU in a trial without a GPU."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _dense_cache(heads: Heads, batch: int, context: int) -> tuple[Tensor, Tensor]:
     shape = (batch, heads.num_kv_heads, context)
-    k = torch.randn(*shape, heads.head_dim, dtype=heads.dtype, device="cuda")
-    return k, torch.randn(*shape, heads.v_head_dim, dtype=heads.dtype, device="cuda")
+    k = torch.randn(*shape, heads.head_dim, dtype=heads.dtype, device=_device())
+    return k, torch.randn(*shape, heads.v_head_dim, dtype=heads.dtype, device=_device())
 
 
 def _fla_calls(heads: Heads, batch: int, num_queries: int, context: int) -> list[Call]:

@@ -3,14 +3,15 @@
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from nsa_kernels import ops
 from nsa_kernels.gpu import plan as gpu_plan
-from nsa_kernels.metadata import LayerCache, build_metadata
+from nsa_kernels.metadata import BranchKV, LayerCache, build_metadata
+from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
 
 GEOMETRIES = {
@@ -23,7 +24,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heads:
-    """Numbers and widths of the heads, and the dtype of everything, or all but the cache."""
+    """Numbers and widths of the heads, and the dtype of everything, or all but the cache.
+
+    kv_per_branch: keys and values of its own for every branch. mlp_hidden_size: of the learned
+    compression, 0 = the mean.
+    """
 
     num_q_heads: int = 64
     num_kv_heads: int = 4
@@ -31,6 +36,8 @@ class Heads:
     v_head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     cache_dtype: torch.dtype | None = None
+    kv_per_branch: bool = False
+    mlp_hidden_size: int = 0
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -53,6 +60,8 @@ class InputSet:
     v: Tensor
     gates: Tensor
     cache: LayerCache
+    branch_kv: BranchKV | None = None
+    compression: tuple[CompressionMLP, CompressionMLP] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +99,8 @@ class Problem:
             plan or self.plan,
             self.spec,
             softmax_scale=self.softmax_scale,
+            compression=inputs.compression,
+            branch_kv=inputs.branch_kv,
         )
 
     def calls(self) -> list[Callable[[], Tensor]]:
@@ -118,16 +129,16 @@ def make_problem(
     rows' pages are a random permutation of the whole pool.
     """
     is_decode = all(length == 1 for length in query_lens)
-    counts = [math.ceil((a + n) / spec.block_size) for a, n in zip(starts, query_lens, strict=True)]
-    num_pages = sum(counts) + 1
-    shuffled = list(range(1, num_pages))
-    random.Random(seed).shuffle(shuffled)
-    pages = []
-    for count in counts:
-        pages.append(shuffled[:count])
-        del shuffled[:count]
+    size, rng = spec.block_size, random.Random(seed)
+    counts = [math.ceil((a + n) / size) for a, n in zip(starts, query_lens, strict=True)]
+    pages = _shuffled_pages(counts, [0] * len(counts), rng)
     # Shorter than a stride, rows would run out of tokens.
     num_plans = min(spec.cmp_stride, min(starts) + 1) if is_decode else 1
+    swa_pages = None
+    if heads.kv_per_branch:
+        # From the oldest token that the earliest of the steps can see.
+        seen = spec.window_size + num_plans
+        swa_pages = _shuffled_pages(counts, [max(0, a - seen) // size for a in starts], rng)
     metas = [
         build_metadata(
             pages,
@@ -135,11 +146,12 @@ def make_problem(
             query_lens,
             spec,
             num_decode_rows=len(pages) if is_decode else 0,
+            swa_pages=swa_pages,
         )
         for i in range(num_plans)
     ]
-    # Meta tensors stand for a GPU's, to compile without one.
-    plan_attention = gpu_plan.plan_attention if device == "meta" else ops.plan_attention
+    # Kernels, where ops would choose by the device: to compile or interpret them without a GPU.
+    plan_attention = ops.plan_attention if device == "cuda" else gpu_plan.plan_attention
     plans = [
         plan_attention(
             meta,
@@ -151,45 +163,103 @@ def make_problem(
         )
         for meta in metas
     ]
-    generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=heads.dtype, device=device, generator=generator)
-
-    def cache_pages(tokens: int, width: int) -> Tensor:
-        return randn(num_pages, heads.num_kv_heads, tokens, width).to(
-            heads.cache_dtype or heads.dtype
-        )
-
-    num_tokens, kv_heads = sum(query_lens), heads.num_kv_heads
-    scale = None
-    if heads.cache_dtype is not None:
-        scale = torch.ones(kv_heads, dtype=torch.float32, device=device)
-    sets = [
-        InputSet(
-            q=randn(num_tokens, heads.num_q_heads, heads.head_dim),
-            k=randn(num_tokens, kv_heads, heads.head_dim),
-            v=randn(num_tokens, kv_heads, heads.v_head_dim),
-            gates=torch.sigmoid(randn(num_tokens, heads.num_q_heads, 3)),
-            cache=LayerCache(
-                cache_pages(spec.block_size, heads.head_dim),
-                cache_pages(spec.block_size, heads.v_head_dim),
-                cache_pages(spec.cmp_entries_per_page, heads.head_dim),
-                cache_pages(spec.cmp_entries_per_page, heads.v_head_dim),
-                k_scale=scale,
-                v_scale=scale,
-            ),
-        )
-        for _ in range(num_sets)
-    ]
+    make = _InputMaker(spec, heads, sum(query_lens), device, seed)
+    num_pages = (_num_pages(pages), _num_pages(swa_pages or []))
+    sets = [make.input_set(*num_pages) for _ in range(num_sets)]
     return Problem(spec=spec, heads=heads, plans=plans, pages=pages, sets=sets)
+
+
+def _shuffled_pages(
+    counts: Sequence[int], firsts: Sequence[int], rng: random.Random
+) -> list[list[int]]:
+    """Rows of so many pages in random order, the null page before the first."""
+    free = list(range(1, sum(counts) - sum(firsts) + 1))
+    rng.shuffle(free)
+    return [
+        [0] * first + [free.pop() for _ in range(count - first)]
+        for count, first in zip(counts, firsts, strict=True)
+    ]
+
+
+def _num_pages(pages: Sequence[Sequence[int]]) -> int:
+    """Pages of a pool that holds these rows and the null page."""
+    return 1 + sum(page > 0 for row in pages for page in row)
+
+
+class _InputMaker:
+    """Makes random input sets."""
+
+    def __init__(
+        self, spec: NSASpec, heads: Heads, num_tokens: int, device: str, seed: int
+    ) -> None:
+        self.spec, self.heads, self.num_tokens, self.device = spec, heads, num_tokens, device
+        self.generator = None
+        if device != "meta":
+            self.generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(
+            *shape, dtype=self.heads.dtype, device=self.device, generator=self.generator
+        )
+
+    def mlp(self, width: int) -> CompressionMLP:
+        hidden, inner = self.heads.mlp_hidden_size, self.spec.cmp_len * width
+        return CompressionMLP(
+            self.randn(self.spec.cmp_len, width),
+            self.randn(hidden, inner) * inner**-0.5,
+            self.randn(hidden),
+            self.randn(width, hidden) * hidden**-0.5,
+            self.randn(width),
+        )
+
+    def pages(self, num_pages: int, tokens: int) -> tuple[Tensor, Tensor]:
+        heads = self.heads
+        k, v = (
+            self.randn(num_pages, heads.num_kv_heads, tokens, width).to(
+                heads.cache_dtype or heads.dtype
+            )
+            for width in (heads.head_dim, heads.v_head_dim)
+        )
+        return k, v
+
+    def kv(self) -> tuple[Tensor, Tensor]:
+        heads = self.heads
+        return (
+            self.randn(self.num_tokens, heads.num_kv_heads, heads.head_dim),
+            self.randn(self.num_tokens, heads.num_kv_heads, heads.v_head_dim),
+        )
+
+    def input_set(self, num_pages: int, num_swa_pages: int) -> InputSet:
+        spec, heads = self.spec, self.heads
+        scale = None
+        if heads.cache_dtype is not None:
+            scale = torch.ones(heads.num_kv_heads, dtype=torch.float32, device=self.device)
+        q = self.randn(self.num_tokens, heads.num_q_heads, heads.head_dim)
+        k, v = self.kv()
+        gates = torch.sigmoid(self.randn(self.num_tokens, heads.num_q_heads, 3))
+        cache = LayerCache(
+            *self.pages(num_pages, spec.block_size),
+            *self.pages(num_pages, spec.cmp_entries_per_page),
+            k_scale=scale,
+            v_scale=scale,
+        )
+        branch_kv = None
+        if heads.kv_per_branch:
+            k_swa, v_swa = self.pages(num_swa_pages, spec.block_size)
+            k_tail, v_tail = self.pages(num_swa_pages, spec.cmp_len)
+            cache = replace(cache, k_swa=k_swa, v_swa=v_swa, k_tail=k_tail, v_tail=v_tail)
+            branch_kv = BranchKV(*self.kv(), *self.kv())
+        mlps = None
+        if heads.mlp_hidden_size:
+            mlps = self.mlp(heads.head_dim), self.mlp(heads.v_head_dim)
+        return InputSet(q, k, v, gates, cache, branch_kv, mlps)
 
 
 def decode_tokens(spec: NSASpec, context: int) -> tuple[float, int]:
     """Raw tokens and compressed entries that one decode row has to read, at least.
 
-    Raw: the union of selected blocks and window. A free choice lies inside the window as often as
-    one made at random.
+    Branches share keys and values. Raw: the union of selected blocks and window. A free choice lies
+    inside the window as often as one made at random.
     """
     size = spec.block_size
     num_blocks = math.ceil(context / size)
@@ -207,6 +277,9 @@ def decode_tokens(spec: NSASpec, context: int) -> tuple[float, int]:
 def decode_bytes(spec: NSASpec, heads: Heads, batch: int, context: int) -> float:
     """Bytes that one decode step has to move, at least: keys and values, queries, output."""
     raw, entries = decode_tokens(spec, context)
+    if heads.kv_per_branch:
+        selected = min(context, spec.num_selected_blocks * spec.block_size)
+        raw = float(selected + min(context, spec.window_size))
     return batch * ((raw + entries) * heads.kv_bytes_per_token + heads.query_bytes_per_token)
 
 

@@ -32,7 +32,7 @@ MAX_SETS = 32
 class Timing:
     """ms: median of one call; spread: (slowest - fastest) / median over replays.
 
-    how: "graph", or "events: why capture failed".
+    how: "graph", "events: why capture failed", or "host" without a GPU, for trials.
     """
 
     ms: float
@@ -51,6 +51,8 @@ def time_graph(calls: Sequence[Call], *, min_calls: int = 10, budget_s: float = 
     min_calls: calls a graph holds at least (fewer if one takes over 20 ms). budget_s: seconds of
     replays; at least 3 are made.
     """
+    if not torch.cuda.is_available():
+        return _time_host(calls[:2])
     for call in calls[:2]:
         call()  # compiles and tunes
     first_ms = _elapsed_ms(calls[0])
@@ -86,6 +88,17 @@ def time_graph(calls: Sequence[Call], *, min_calls: int = 10, budget_s: float = 
     times = [_elapsed_ms(run) / num_calls for _ in range(num_replays)]
     median = statistics.median(times)
     return Timing(median, (max(times) - min(times)) / median, how)
+
+
+def _time_host(calls: Sequence[Call]) -> Timing:
+    """Time each call once by the host's clock."""
+    times = []
+    for call in calls:
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e3)
+    median = statistics.median(times)
+    return Timing(median, (max(times) - min(times)) / median, "host")
 
 
 def kernel_times(call: Call, *, repeats: int = 3) -> list[tuple[str, float]]:

@@ -26,8 +26,8 @@ class LayerCache:
     A model with keys and values of its own for every branch keeps those of selection in k and v,
     and has two more pairs, None where the branches share k and v:
     k_swa, v_swa: [num_swa_pages, H, page_size, D or Dv], pages of the window branch.
-    k_tail, v_tail: [num_tails, H, l, D or Dv], the last raw tokens of the compression branch: token
-    p of a sequence is entry p % l of the tail of its window page, or of the sequence's own one.
+    k_tail, v_tail: [num_swa_pages, H, l, D or Dv], the raw tokens of the compression branch, of
+    each window page the last l: token p of a sequence is entry p % l of its own window page.
 
     k_scale, v_scale: [H] fp32 on the device, of an FP8 (torch.float8_e4m3fn) cache, None of any
     other. It holds round(clamp(x / scale, -448, 448)), and compressed entries have the scale of
@@ -79,18 +79,18 @@ class BranchKV:
 class BranchMetadata:
     """What a step needs beside, when every branch has keys and values of its own.
 
-    swa_page_table: [B, P] int32, window pages by position // page_size; 0 where freed.
+    swa_page_table: [B, P] int32, window pages by position // page_size. An entry that neither the
+    window nor an open compression window of the row's tokens touches is never read: 0, or stale.
     swa_slot_mapping: [T] int64. fresh_swa_pages: [F] int64, as `AttnMetadata.fresh_pages`.
-    tail_slots: [B] int32, the row's own tail in k_tail and v_tail; None: tails are window pages'.
     window_sources: [W, l] int64, the tokens of every window that closes: i < T is token i of the
-    step, T + slot * l + p % l is token p in the tail.
-    tail_tokens, tail_rows: [X] int64, step tokens to keep in the tail, and slot * l + p % l.
+    step, T + page * l + p % l is token p, of an earlier step, in the tail of its window page.
+    tail_tokens, tail_rows: [X] int64, step tokens to keep in tails, those that are among the last l
+    that their page has after the step; and where, page * l + p % l.
     """
 
     swa_page_table: Tensor
     swa_slot_mapping: Tensor
     fresh_swa_pages: Tensor
-    tail_slots: Tensor | None
     window_sources: Tensor
     tail_tokens: Tensor
     tail_rows: Tensor
@@ -137,18 +137,17 @@ def build_metadata(
     *,
     num_decode_rows: int = 0,
     swa_pages: Sequence[Sequence[int]] | None = None,
-    tail_slots: Sequence[int] | None = None,
 ) -> AttnMetadata:
     """Describe a step to the operators.
 
     pages[b]: the pages of row b, in order, enough for its tokens. starts[b]: tokens of row b that
     are in the cache already. query_lens[b]: tokens that this step adds, at least 1.
     num_decode_rows: rows at the front with exactly one query token.
-    swa_pages: window pages of each row (0 where freed), for a model whose branches have keys and
-    values of their own. tail_slots: the tail of each row; None: every window page has one.
+    swa_pages: window pages of each row (0 where passed), for a model whose branches have keys and
+    values of their own.
 
-    Raises ValueError when a row's pages do not hold its tokens, tail_slots come without swa_pages,
-    or window pages meet `lse_len`.
+    Raises ValueError when a row's pages do not hold its tokens, or window pages come with a dialect
+    that has coarse windows.
     """
     size = spec.block_size
     start = np.asarray(starts, dtype=np.int64)
@@ -171,50 +170,32 @@ def build_metadata(
     # The first l/d - 1 compressed entries of a sequence do not exist, nor do its first coarse ones.
     fresh = opens & (left_open | (positions < max(1, spec.lse_len - spec.lse_stride)))
     branches = None
-    if swa_pages is None and tail_slots is not None:
-        raise ValueError("tail_slots are of a cache with window pages: pass swa_pages as well")
-    if swa_pages is not None and spec.lse_len:
-        raise ValueError(
-            "lse_len needs keys that the branches share: coarse windows are read from their pages"
-        )
     if swa_pages is not None:
+        if spec.lse_len:
+            raise ValueError(
+                "lse_len needs keys that the branches share: coarse windows are read from their "
+                "pages"
+            )
         swa_table = _page_table(swa_pages, seq_lens, size)
         length = spec.cmp_len
-
-        def tail_rows_of(
-            row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
-            position: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
-        ) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
-            if tail_slots is None:
-                slots = swa_table[row, position // size].astype(np.int64)
-            else:
-                slots = np.asarray(tail_slots, dtype=np.int64)[row]
-            return slots * length + position % length
-
         row_start, row_token = start[window_row, None], cu_seqlens[window_row, None]
-        # Every page has the last tokens before its end; a row's own tail those of the row.
-        stop = seq_lens[token_row]
-        if tail_slots is None:
-            stop = np.minimum(stop, (positions // size + 1) * size)
-        kept = positions >= stop - length
+        page_stops = np.minimum((positions // size + 1) * size, seq_lens[token_row])
+        kept = positions >= page_stops - length
         branches = BranchMetadata(
             swa_page_table=torch.from_numpy(swa_table),
             swa_slot_mapping=torch.from_numpy(_slots(swa_table, token_row, positions, size)),
             fresh_swa_pages=torch.from_numpy(
                 swa_table[token_row[fresh], positions[fresh] // size].astype(np.int64)
             ),
-            tail_slots=None
-            if tail_slots is None
-            else torch.from_numpy(np.asarray(tail_slots, dtype=np.int32)),
             window_sources=torch.from_numpy(
                 np.where(
                     window_positions >= row_start,
                     window_positions - row_start + row_token,
-                    len(positions) + tail_rows_of(window_row[:, None], window_positions),
+                    len(positions) + _tails(swa_table, window_row[:, None], window_positions, spec),
                 )
             ),
             tail_tokens=torch.from_numpy(np.flatnonzero(kept)),
-            tail_rows=torch.from_numpy(tail_rows_of(token_row[kept], positions[kept])),
+            tail_rows=torch.from_numpy(_tails(swa_table, token_row[kept], positions[kept], spec)),
         )
     lse_window_slots, lse_slots = _coarse_windows(table, token_row, ended, spec)
     return AttnMetadata(
@@ -290,3 +271,14 @@ def _slots(
     """Slot of each position: page * per_page + offset."""
     page = table[row, position // per_page].astype(np.int64)
     return page * per_page + position % per_page
+
+
+def _tails(
+    table: "np.ndarray[tuple[int, ...], np.dtype[np.int32]]",
+    row: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    position: "np.ndarray[tuple[int, ...], np.dtype[np.int64]]",
+    spec: NSASpec,
+) -> "np.ndarray[tuple[int, ...], np.dtype[np.int64]]":
+    """Entry of each position in the tail of its window page: page * l + position % l."""
+    page = table[row, position // spec.block_size].astype(np.int64)
+    return page * spec.cmp_len + position % spec.cmp_len

@@ -53,7 +53,7 @@ def compress_kv(
     """Compress the windows that closed in this step, and file them.
 
     compression: the MLPs of keys and of values, or None for the mean. branch_kv: raw tokens of the
-    compression branch where it does not share those of the cache; they also go to the tail.
+    compression branch where it does not share those of the cache; they also go to the tails.
     """
     raws: tuple[Tensor, Tensor] = (cache.k, cache.v)
     separate = plan.separate
@@ -89,11 +89,13 @@ def compress_coarse(cache: LayerCache, plan: TorchPlan) -> None:
 
 
 def _separate_windows(raw: Tensor, tail: Tensor, plan: BranchPlan, cmp_len: int) -> Tensor:
-    """Windows whose tokens lie in the step's own [T, H, dim] or the tail: [W, H, l, dim]."""
+    """Windows whose tokens lie in the step's own [T, H, dim] or in tails: [W, H, l, dim]."""
     heads, dim = raw.shape[1:]
-    tokens = torch.cat((raw, tail.transpose(1, 2).reshape(-1, heads, dim)))
-    windows = tokens.index_select(0, plan.window_tokens).view(-1, cmp_len, heads, dim)
-    return windows.transpose(1, 2).contiguous()
+    tokens = raw.index_select(0, plan.window_tokens)
+    if len(plan.old_tokens):
+        old = tail.view(-1, dim).index_select(0, plan.old_rows)
+        tokens.index_copy_(0, plan.old_tokens, old.view(-1, heads, dim))
+    return tokens.view(-1, cmp_len, heads, dim).transpose(1, 2).contiguous()
 
 
 def _mlp(windows: Tensor, mlp: CompressionMLP) -> Tensor:

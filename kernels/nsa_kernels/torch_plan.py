@@ -122,14 +122,17 @@ class ChunkPlan:
 class BranchPlan:
     """Rows of the caches that branches with keys and values of their own have beside.
 
-    fresh_rows, kv_rows: as in `TorchPlan`, of the window pages. window_tokens: [W * l] rows of
-    the step's tokens followed by the tail's. tail_tokens: [X] step tokens that the tail keeps,
-    tail_rows: [X * H] flat token rows that they go to.
+    fresh_rows, kv_rows: as in `TorchPlan`, of the window pages. window_tokens: [W * l] step tokens
+    of the windows that close, any where the token is older: those are old_tokens [Y] of the W * l,
+    and old_rows [Y * H] the flat token rows of the tails that hold them. tail_tokens: [X] step
+    tokens that tails keep, tail_rows: [X * H] flat token rows that they go to.
     """
 
     fresh_rows: Tensor
     kv_rows: Tensor
     window_tokens: Tensor
+    old_tokens: Tensor
+    old_rows: Tensor
     tail_tokens: Tensor
     tail_rows: Tensor
 
@@ -264,10 +267,14 @@ def _plan_separate(meta: AttnMetadata, spec: NSASpec, num_kv_heads: int) -> Bran
     branches = meta.branches
     if branches is None:
         return None
+    sources, num_tokens = branches.window_sources.flatten(), len(meta.positions)
+    old_tokens = (sources >= num_tokens).nonzero().flatten()
     return BranchPlan(
         fresh_rows=_flat_rows(branches.fresh_swa_pages, num_kv_heads, 1).flatten(),
         kv_rows=_flat_rows(branches.swa_slot_mapping, num_kv_heads, spec.block_size).flatten(),
-        window_tokens=branches.window_sources.flatten(),
+        window_tokens=sources.where(sources < num_tokens, 0),
+        old_tokens=old_tokens,
+        old_rows=_flat_rows(sources[old_tokens] - num_tokens, num_kv_heads, spec.cmp_len).flatten(),
         tail_tokens=branches.tail_tokens,
         tail_rows=_flat_rows(branches.tail_rows, num_kv_heads, spec.cmp_len).flatten(),
     )

@@ -1,4 +1,4 @@
-"""The other way round: a `ModelConfig` as the config.json of the native format."""
+"""The other way round: a `ModelConfig` as the config.json of a family of ours."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -37,6 +37,25 @@ def native_config(config: ModelConfig) -> dict[str, Any]:
     }
     if config.rope_scaling.rope_type != "default":
         fields["rope_scaling"] = _plain(config.rope_scaling)
+    return fields
+
+
+def nsa_moe_config(config: ModelConfig) -> dict[str, Any]:
+    """Return the config.json of model_type `nsa_moe` that reads as `config`, as far as it can."""
+    fields = {
+        **native_config(config),
+        "architectures": ["NSAMoEForCausalLM"],
+        "model_type": "nsa_moe",
+        "kv_per_branch": config.kv_per_branch,
+    }
+    if config.moe is not None:
+        fields |= {
+            "n_routed_experts": config.moe.num_experts,
+            "n_shared_experts": config.moe.num_shared_experts,
+            "num_experts_per_tok": config.moe.num_experts_per_token,
+            "moe_intermediate_size": config.moe.expert_intermediate_size,
+            "first_k_dense_replace": config.moe.num_dense_layers,
+        }
     return fields
 
 

@@ -8,7 +8,7 @@ from typing import get_args
 from nsa_serve.config import EngineConfig, NSADialect, make_config, parse_bytes
 from nsa_serve.errors import ConfigError
 
-CONVERT_FLAGS = ("nsa_config", "nsa_dialect", "revision", "gates", "shard_size")
+CONVERT_FLAGS = ("layout", "nsa_config", "nsa_dialect", "revision", "gates", "shard_size")
 """Names of its flags, for a hint at a misspelt one."""
 
 
@@ -16,6 +16,13 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `convert` takes."""
     parser.add_argument("source", metavar="SOURCE", help="folder, .gguf file or hub id")
     parser.add_argument("target", metavar="TARGET", type=Path, help="folder, new or empty")
+    parser.add_argument(
+        "--layout",
+        choices=("native", "nsa_moe"),
+        default="native",
+        help="of TARGET: a Llama with an nsa section, or the paper's, with keys and values of its "
+        "own for every branch (default: %(default)s)",
+    )
     parser.add_argument(
         "--nsa-config",
         metavar="FILE",
@@ -63,7 +70,9 @@ def convert_command(parsed: argparse.Namespace) -> int:
     }
     source = resolve_model(make_config(EngineConfig, settings))
     gates = None if parsed.gates is None else tuple(parsed.gates)
-    result = convert(source, parsed.target, gates=gates, shard_bytes=shard_bytes)
+    result = convert(
+        source, parsed.target, layout=parsed.layout, gates=gates, shard_bytes=shard_bytes
+    )
     sys.stdout.write(
         f"{parsed.target}: {result.num_bytes / 1e9:.2f} GB in {result.num_shards} "
         f"file{'' if result.num_shards == 1 else 's'}"

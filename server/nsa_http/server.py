@@ -148,7 +148,7 @@ class _Lifetime:
                         load_sampling_defaults, self._settings.engine
                     )
                     self._state.sampling_defaults = defaults
-                tame_collector()
+                tame_collector(rarer=1)
                 self._state.set_ready(engine)
                 log_ready(
                     engine.info,

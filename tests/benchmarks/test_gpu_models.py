@@ -1,5 +1,6 @@
 """The models of the GPU benchmarks are what their tables say, and load like any checkpoint."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gpu_fla import window_attention, window_attention_varlen
-from gpu_models import MODELS, make_tokenizer, step_weight_bytes, word, write_model, write_weights
+from gpu_models import (
+    MODELS,
+    expected_experts,
+    make_tokenizer,
+    step_cache_bytes,
+    step_weight_bytes,
+    word,
+    write_model,
+    write_weights,
+)
 from report_gpu import gpu_section
 
+from nsa_serve.config import MoEConfig
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import checkpoint_name, load_model_config
 from nsa_serve.models.safetensors_files import read_weight_index
@@ -65,6 +76,37 @@ def test_a_step_reads_no_embedding_that_is_not_the_output_layer(tmp_path: Path) 
         config = load_model_config(ModelSource(name=name, folder=folder))
         assert raw.get("tie_word_embeddings", False) is (left_out == 0)
         assert step_weight_bytes(config, 10**6) == 10**6 - left_out
+
+
+def test_a_step_reads_the_experts_that_its_rows_are_expected_to_use(tmp_path: Path) -> None:
+    folder = tmp_path / "moe"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(MODELS["moe"].config))
+    config = load_model_config(ModelSource(name="moe", folder=folder))
+    loaded = 2 * num_parameters(config)
+    assert loaded / 2e9 == pytest.approx(27, abs=0.6)
+    per_layer = 3 * 2 * config.hidden_size * 1472
+    every = step_weight_bytes(config, loaded)
+    assert every == loaded - 2 * 102400 * 2560
+    one = step_weight_bytes(config, loaded, 1)
+    assert every - one == pytest.approx((72 - 6) * 29 * per_layer)
+    two = step_weight_bytes(config, loaded, 2)
+    assert two - one == pytest.approx(6 * (66 / 72) * 29 * per_layer)
+    assert step_weight_bytes(config, loaded, 1000) == pytest.approx(every)
+
+
+def test_a_step_reads_selected_blocks_the_window_and_compressed_entries(tmp_path: Path) -> None:
+    found = {}
+    for name in ("moe", "b"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(MODELS[name].config))
+        config = load_model_config(ModelSource(name=name, folder=folder))
+        found[name] = step_cache_bytes(config, 65536)
+        assert step_cache_bytes(config, 100) < found[name]
+    assert found["moe"] == (1024 + 512 + 4096) * 4 * (192 + 128) * 2 * 30
+    # Of a window of 512, 128 tokens are in the two last blocks, which are always selected.
+    assert found["b"] == (1024 + 384 + 4096) * 4 * 256 * 2 * 32
 
 
 @pytest.mark.parametrize("vocab_size", [768, 128256])
@@ -159,3 +201,19 @@ def test_the_report_has_bars_and_says_what_was_skipped(tmp_path: Path) -> None:
     assert "| 2k x 8 | 1.00 | 0.98 | - | 1.1 | 2.00 | 2.00x | 8,000 | 57% |" in text
     assert "| 2k x 32 | too many pages |" in text
     assert "| a (quantization fp8) | 2k x 8 | 123,456 | 250,000 | - |" in text
+
+
+def test_expected_experts_is_the_mean_over_every_choice_of_every_row() -> None:
+    moe = MoEConfig(
+        num_experts=5,
+        num_experts_per_token=2,
+        num_shared_experts=0,
+        expert_intermediate_size=8,
+        num_dense_layers=0,
+    )
+    choices = list(itertools.combinations(range(5), 2))
+    for num_rows in (1, 2, 3):
+        used = [
+            len({*itertools.chain(*rows)}) for rows in itertools.product(choices, repeat=num_rows)
+        ]
+        assert expected_experts(moe, num_rows) == pytest.approx(sum(used) / len(used), rel=1e-12)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nsa_http.cli import main
 from nsa_serve.convert import convert
@@ -14,8 +14,10 @@ from nsa_serve.errors import ModelError
 from nsa_serve.llm import LLM
 from nsa_serve.model_source import ModelSource
 from nsa_serve.models.families import load_model_config
+from nsa_serve.models.weight_shapes import expected_weights
 from nsa_serve.request import SamplingParams
 from tests.engine.engine_runs import make_prompt
+from tests.models.configs import NSA_MOE
 from tests.util import NATIVE_NSA, write_checkpoint, write_gguf
 
 PROMPTS = [make_prompt(5), make_prompt(150, seed=1)]
@@ -36,6 +38,15 @@ def outputs(model: Path) -> list[tuple[list[int], list[float]]]:
         llm.close()
 
 
+def assert_same_outputs(model: Path, source: Path) -> None:
+    """The same tokens, and log-probabilities within what another order of sums does in fp32."""
+    for (tokens, logprobs), (before, before_logprobs) in zip(
+        outputs(model), outputs(source), strict=True
+    ):
+        assert tokens == before
+        assert logprobs == pytest.approx(before_logprobs, abs=1e-4)
+
+
 def folder(path: Path) -> ModelSource:
     return ModelSource(name=path.name, folder=path)
 
@@ -47,6 +58,67 @@ def test_a_family_is_the_same_model_in_the_native_layout(tmp_path: Path, family:
     assert result.num_shards > 1
     assert json.loads((tmp_path / "target/config.json").read_text())["model_type"] == "llama"
     assert outputs(tmp_path / "target") == outputs(source)
+
+
+@pytest.mark.parametrize("family", ["nsa", "llama-nsa", "llama"])
+def test_a_family_is_the_same_model_in_the_layout_of_the_paper(tmp_path: Path, family: str) -> None:
+    source = write_checkpoint(tmp_path / "source", family, sharded=True)  # type: ignore[arg-type]
+    convert(folder(source), tmp_path / "target", layout="nsa_moe", shard_bytes=60_000)
+    config = load_model_config(folder(tmp_path / "target"))
+    assert (config.family, config.kv_per_branch) == ("nsa_moe", True)
+    assert_same_outputs(tmp_path / "target", source)
+
+
+def test_every_branch_gets_a_copy_of_the_shared_keys(tmp_path: Path) -> None:
+    source = write_checkpoint(tmp_path / "source", "llama")
+    convert(folder(source), tmp_path / "target", layout="nsa_moe")
+    before = load_file(source / "model.safetensors")
+    after = load_file(tmp_path / "target/model.safetensors")
+    for kind in "kv":
+        shared = before[f"model.layers.1.self_attn.{kind}_proj.weight"]
+        for branch in ("slc", "cmp", "swa"):
+            copy = after[f"model.layers.1.self_attn.{kind}_{branch}_proj.weight"]
+            assert torch.equal(copy, shared)
+    assert not [name for name in after if name.endswith(("k_proj.weight", "v_proj.weight"))]
+
+
+@pytest.mark.parametrize("gate", ["linear", "mlp"])
+def test_a_dense_llama_gets_gates_in_the_layout_of_the_paper(tmp_path: Path, gate: str) -> None:
+    values = (0.25, 0.5, 0.75)
+    dense = write_checkpoint(
+        tmp_path / "dense", "llama", nsa={"gate": "constant", "gate_constant": list(values)}
+    )
+    section = {**NATIVE_NSA, "gate": gate, "gate_hidden_size": 24}
+    source = ModelSource(name="dense", folder=dense, nsa_section=section)
+    result = convert(source, tmp_path / "gated", layout="nsa_moe", gates=values)
+    assert len(result.new_weights) == {"linear": 4, "mlp": 8}[gate]
+    assert_same_outputs(tmp_path / "gated", dense)
+
+
+def test_a_model_with_experts_stays_what_it_is(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(NSA_MOE))
+    config = load_model_config(folder(source))
+    generator = torch.Generator().manual_seed(3)
+    weights = {
+        name: torch.randn(shape, generator=generator) * 0.1
+        for name, shape in expected_weights(config).items()
+    }
+    save_file(weights, source / "model.safetensors")
+    convert(folder(source), tmp_path / "target", layout="nsa_moe")
+    assert load_model_config(folder(tmp_path / "target")) == config
+    after = load_file(tmp_path / "target/model.safetensors")
+    assert after.keys() == weights.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in weights.items())
+
+
+def test_coarse_windows_cannot_have_keys_for_every_branch(tmp_path: Path) -> None:
+    nsa = {"score_map": "max_pool", "lse_len": 32, "lse_stride": 16}
+    source = write_checkpoint(tmp_path / "source", "llama", nsa=nsa)
+    with pytest.raises(ModelError, match="lse_len 32"):
+        convert(folder(source), tmp_path / "target", layout="nsa_moe")
+    assert not (tmp_path / "target").exists()
 
 
 def test_a_gguf_is_the_same_model_in_the_native_layout(tmp_path: Path) -> None:
@@ -74,7 +146,6 @@ def test_a_dense_llama_gets_the_gates_it_is_asked_to(tmp_path: Path) -> None:
     dense = write_checkpoint(
         tmp_path / "dense", "llama", nsa={"gate": "constant", "gate_constant": [0.25, 0.5, 0.75]}
     )
-    expected = outputs(dense)
     section = {**NATIVE_NSA, "gate": "linear"}
     source = ModelSource(name="dense", folder=dense, nsa_section=section)
     with pytest.raises(ModelError, match="--gates"):
@@ -86,11 +157,7 @@ def test_a_dense_llama_gets_the_gates_it_is_asked_to(tmp_path: Path) -> None:
     torch.testing.assert_close(
         bias.sigmoid(), torch.tensor([[0.25, 0.5, 0.75]]).expand_as(bias), rtol=1e-6, atol=0
     )
-    for (tokens, logprobs), (before, before_logprobs) in zip(
-        outputs(tmp_path / "gated"), expected, strict=True
-    ):
-        assert tokens == before
-        assert logprobs == pytest.approx(before_logprobs, abs=1e-4)
+    assert_same_outputs(tmp_path / "gated", dense)
 
 
 def test_gates_that_cannot_be_are_refused(tmp_path: Path) -> None:

@@ -254,3 +254,35 @@ def test_check_sees_each_kind_of_damage(
     break_pool(pool)
     with pytest.raises(AssertionError, match=message):
         pool.check()
+
+
+def test_pages_released_to_go_first_do() -> None:
+    """Before all that were free, the last released of them before the others."""
+    pool = PagePool(8, PAGE_SIZE)
+    kept, passed = make_chain(3), make_chain(4, first_token=100)
+    kept_pages = allocate_published(pool, kept)
+    passed_pages = allocate_published(pool, passed)
+    pool.release(kept_pages)
+    pool.release(passed_pages[:2], first_out=True)
+    pool.release(passed_pages[2:], first_out=True)
+    pool.check()
+    order = [pool.allocate(1) for _ in range(7)]
+    two, three = passed_pages[2:]
+    assert [page for (page,) in filter(None, order)] == [
+        two,
+        three,
+        *passed_pages[:2],
+        *reversed(kept_pages),
+    ]
+
+
+def test_a_page_that_is_held_twice_is_not_free_to_go_first() -> None:
+    pool = PagePool(4, PAGE_SIZE)
+    hashes = make_chain(1)
+    pages = allocate_published(pool, hashes)
+    pool.take(pages)
+    pool.release(pages, first_out=True)
+    assert pool.num_references(pages[0]) == 1
+    pool.check()
+    pool.release(pages)
+    assert pool.find_prefix(hashes) == pages

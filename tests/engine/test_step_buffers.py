@@ -68,6 +68,9 @@ class Simulation:
             rows.append(ScheduledRow(request, start, 1, True, request.num_preemptions))
         ordered = self.buffers.fill(rows, pending)
         assert {id(row) for row in ordered} == {id(row) for row in rows}
+        self.check(ordered, pending)
+
+    def check(self, ordered: list[ScheduledRow], pending: dict[str, int]) -> None:
         buffers = self.buffers
         decode_inputs(
             buffers.packed,

@@ -44,7 +44,13 @@ class Stepper:
         self.pages = [
             list(range(1 + row * per_row, 1 + (row + 1) * per_row)) for row in range(num_rows)
         ]
-        self.cache = KVCache(config, num_pages, dtype=model.dtype, device=model.device)
+        self.cache = KVCache(
+            config,
+            num_pages,
+            dtype=model.dtype,
+            device=model.device,
+            num_swa_pages=num_pages if config.kv_per_branch else 0,
+        )
 
     @torch.inference_mode()
     def step(
@@ -52,8 +58,14 @@ class Stepper:
     ) -> Tensor:
         """Run the rows' tokens; return the logits of all of them, [T, vocab_size] on the CPU."""
         lens = [len(row) for row in token_ids]
+        pages = self.pages[: len(lens)]
         meta = build_metadata(
-            self.pages[: len(lens)], starts, lens, self.config.nsa, num_decode_rows=num_decode_rows
+            pages,
+            starts,
+            lens,
+            self.config.nsa,
+            num_decode_rows=num_decode_rows,
+            swa_pages=pages if self.config.kv_per_branch else None,
         )
         plan = self.model.plan(meta)
         positions = meta.positions.to(self.model.device)

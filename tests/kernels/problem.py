@@ -11,6 +11,9 @@ from nsa_kernels.metadata import BranchKV, LayerCache, build_metadata
 from nsa_kernels.ops import Branches, CompressionMLP, nsa_attention, plan_attention
 from nsa_kernels.spec import NSASpec
 
+# A window page that a row has passed: whoever reads the entry, reads outside of the cache.
+PASSED = 1 << 30
+
 # Both sides compute in fp32; they differ in summation order over at most a few thousand terms.
 FP32_TOLERANCE = 2e-5
 
@@ -76,6 +79,7 @@ class Problem:
     gates: list[Tensor]
     cache: LayerCache
     pages: list[list[int]]
+    swa_pages: list[list[int]]  # window pages, other ones than pages
     mlps: tuple[CompressionMLP, CompressionMLP] | None
     softmax_scale: float
     path: str
@@ -99,15 +103,17 @@ class Problem:
     ) -> list[Tensor]:
         """Run one step that adds tokens [start, start + query_len) of the rows."""
         rows = list(range(len(self.q))) if rows is None else rows
-        pages = [self.pages[row] for row in rows]
         meta = build_metadata(
-            pages,
+            [self.pages[row] for row in rows],
             starts,
             query_lens,
             self.spec,
             num_decode_rows=num_decode_rows,
-            swa_pages=self._swa_pages(pages, starts) if self.separate else None,
-            tail_slots=rows if self.separate else None,
+            swa_pages=(
+                [self.held_swa_pages(row, a) for row, a in zip(rows, starts, strict=True)]
+                if self.separate
+                else None
+            ),
         )
         device = self.cache.k.device
         plan_path = plan_attention if self.path == "torch" else plan_gpu_attention
@@ -146,13 +152,11 @@ class Problem:
         )
         return list(output.cpu().split(query_lens))
 
-    def _swa_pages(self, pages: list[list[int]], starts: list[int]) -> list[list[int]]:
-        """The same pages, without those that the window of the first query has left."""
-        size, window = self.spec.block_size, self.spec.window_size
-        return [
-            [page if (i + 1) * size > start - window + 1 else 0 for i, page in enumerate(owned)]
-            for owned, start in zip(pages, starts, strict=True)
-        ]
+    def held_swa_pages(self, row: int, start: int) -> list[int]:
+        """A sequence's window pages, without those that no query from `start` on reads."""
+        first = max(0, start - max(self.spec.window_size, self.spec.cmp_len) + 1)
+        num_passed = first // self.spec.block_size
+        return [PASSED] * num_passed + self.swa_pages[row][num_passed:]
 
     def expected(self, row: int, start: int, stop: int, gates: Tensor | None = None) -> Tensor:
         """The specification's rows [start, stop) of one sequence."""
@@ -221,6 +225,7 @@ def make_problem(
     num_pages = sum(counts) + 3
     shuffled = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
+    swa_pages = [[num_pages - page for page in owned] for owned in pages]
 
     def poisoned(tokens: int, width: int, count: int = num_pages) -> Tensor:
         cache_dtype = dtype if scales is None else torch.float8_e4m3fn
@@ -229,12 +234,6 @@ def make_problem(
             cache[0] = 0  # the null page is readable
         return cache.to(device)
 
-    def tail(width: int) -> Tensor:
-        # The vectorised path reads the whole tail, whatever is in it.
-        return torch.full((len(lengths), heads, spec.cmp_len, width), torch.nan, dtype=dtype).to(
-            device
-        )
-
     cache = LayerCache(
         poisoned(size, dim),
         poisoned(size, v_dim),
@@ -242,8 +241,8 @@ def make_problem(
         poisoned(entries, v_dim),
         poisoned(size, dim) if separate else None,
         poisoned(size, v_dim) if separate else None,
-        tail(dim) if separate else None,
-        tail(v_dim) if separate else None,
+        poisoned(spec.cmp_len, dim) if separate else None,
+        poisoned(spec.cmp_len, v_dim) if separate else None,
         *(torch.tensor(scale, device=device) for scale in scales or ()),
         **({"k_lse": poisoned(size // spec.lse_stride, dim)} if spec.lse_len else {}),
     )
@@ -276,6 +275,7 @@ def make_problem(
         gates=[torch.sigmoid(randn(n, heads * group, 3)) for n in lengths],
         cache=cache,
         pages=pages,
+        swa_pages=swa_pages,
         mlps=(mlp_weights(dim), mlp_weights(v_dim)) if mlp else None,
         softmax_scale=dim**-0.5,
         path=path,

@@ -12,6 +12,7 @@ from nsa_kernels.metadata import BranchKV, LayerCache, build_metadata
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
 from tests.kernels.gpu_util import DEVICE
+from tests.kernels.problem import PASSED
 
 # Summed in fp32 and rounded once: half a unit in the last place, and 0 for a mere copy. The MLP
 # rounds four times.
@@ -31,6 +32,7 @@ class Sequences:
     spec: NSASpec
     tokens: list[dict[str, Tensor]]
     pages: list[list[int]]
+    swa_pages: list[list[int]]
     cache: LayerCache
     separate: bool
     mlps: tuple[CompressionMLP, CompressionMLP] | None
@@ -46,10 +48,10 @@ class Sequences:
         compress: bool = True,
     ) -> None:
         """Append tokens [start, start + len) of every sequence, in one launch of the operator."""
-        swa_pages = [
-            [page if (i + 2) * self.spec.block_size > start else 0 for i, page in enumerate(owned)]
-            for owned, start in zip(self.pages, starts, strict=True)
-        ]
+        swa_pages = []
+        for owned, start in zip(self.swa_pages, starts, strict=True):
+            num_passed = max(0, start - self.spec.cmp_len + 1) // self.spec.block_size
+            swa_pages.append([PASSED] * num_passed + owned[num_passed:])
         meta = build_metadata(
             self.pages,
             starts,
@@ -57,7 +59,6 @@ class Sequences:
             self.spec,
             num_decode_rows=num_decode_rows,
             swa_pages=swa_pages if self.separate else None,
-            tail_slots=range(len(self.pages)) if self.separate else None,
         )
         rows = torch.repeat_interleave(torch.arange(len(lens)), torch.tensor(lens))
         ends = meta.positions + 1
@@ -94,7 +95,6 @@ class Sequences:
             mlps=self.mlps,
             branch_kv=BranchKV(*others) if separate else None,
             swa_page_table=separate.swa_page_table.to(DEVICE) if separate else None,
-            tail_slots=separate.tail_slots.to(DEVICE) if separate else None,
             check=True,
         )
 
@@ -108,7 +108,9 @@ class Sequences:
             filed: Tensor = getattr(self.cache, f"{name}_cmp").cpu()
             for tensor, key in ((raw, name), (filed, f"{name}_cmp")):
                 used[key] = torch.zeros(tensor.shape[0] * tensor.shape[2], dtype=torch.bool)
-            for tokens, pages, length in zip(self.tokens, self.pages, lens, strict=True):
+            for row, (tokens, pages, length) in enumerate(
+                zip(self.tokens, self.pages, lens, strict=True)
+            ):
                 table = torch.tensor(pages)
                 stored = reference.gather_pages(raw, table, length)
                 assert torch.equal(stored, tokens[name][:length].to(dtype))
@@ -128,7 +130,7 @@ class Sequences:
                     entry = window + spec.strides_per_window - 1
                     used[f"{name}_cmp"][pages[entry // entries] * entries + entry % entries] = True
                 if self.separate:
-                    self._check_separate(name, tokens, pages, length)
+                    self._check_separate(name, tokens, self.swa_pages[row], length)
         for key, slots in used.items():
             tensor = getattr(self.cache, key).cpu().transpose(1, 2).flatten(0, 1)
             assert tensor[~slots].isnan().all(), f"{key}: a slot of nobody was written"
@@ -136,16 +138,18 @@ class Sequences:
     def _check_separate(
         self, name: str, tokens: dict[str, Tensor], pages: list[int], length: int
     ) -> None:
-        """The last tokens are in the window's pages and in the tail."""
+        """The window pages hold all tokens, and each the last raw ones of its own in its tail."""
         swa: Tensor = getattr(self.cache, f"{name}_swa").cpu()
         tail: Tensor = getattr(self.cache, f"{name}_tail").cpu()
-        slot = next(i for i, owned in enumerate(self.pages) if owned is pages)
         stored = reference.gather_pages(swa, torch.tensor(pages), length)
-        last = max(0, length - self.spec.block_size)
-        assert torch.equal(stored[last:], tokens[f"{name}_swa"][last:length].to(swa.dtype))
-        for position in range(max(0, length - self.spec.cmp_len), length):
-            kept = tail[slot, :, position % self.spec.cmp_len]
-            assert torch.equal(kept, tokens[f"{name}_cmp"][position].to(tail.dtype))
+        assert torch.equal(stored, tokens[f"{name}_swa"][:length].to(swa.dtype))
+        size, cmp_len = self.spec.block_size, self.spec.cmp_len
+        for index, page in enumerate(pages):
+            expected = torch.full_like(tail[page], torch.nan)
+            stop = min((index + 1) * size, length)
+            for position in range(max(index * size, stop - cmp_len), stop):
+                expected[:, position % cmp_len] = tokens[f"{name}_cmp"][position].to(tail.dtype)
+            torch.testing.assert_close(tail[page], expected, rtol=0, atol=0, equal_nan=True)
 
 
 def _on_host(mlp: CompressionMLP) -> CompressionMLP:
@@ -173,6 +177,7 @@ def make_sequences(
     num_pages = sum(counts) + 2
     shuffled = (torch.randperm(num_pages - 1, generator=generator) + 1).tolist()
     pages = [[shuffled.pop() for _ in range(count)] for count in counts]
+    swa_pages = [[num_pages - page for page in owned] for owned in pages]
 
     def poisoned(num: int, per_page: int, dim: int) -> Tensor:
         return torch.full((num, heads, per_page, dim), torch.nan, dtype=dtype, device=DEVICE)
@@ -180,8 +185,8 @@ def make_sequences(
     branch = [
         poisoned(num_pages, size, dims[0]),
         poisoned(num_pages, size, dims[1]),
-        poisoned(len(lengths), spec.cmp_len, dims[0]),
-        poisoned(len(lengths), spec.cmp_len, dims[1]),
+        poisoned(num_pages, spec.cmp_len, dims[0]),
+        poisoned(num_pages, spec.cmp_len, dims[1]),
     ]
     cache = LayerCache(
         poisoned(num_pages, size, dims[0]),
@@ -213,7 +218,7 @@ def make_sequences(
             for dim, size in zip(dims, hidden, strict=True)
         ]
         mlps = (weights[0], weights[1])
-    return Sequences(spec, tokens, pages, cache, separate, mlps)
+    return Sequences(spec, tokens, pages, swa_pages, cache, separate, mlps)
 
 
 @pytest.mark.parametrize("spec", [PAPER, FLA, SMALL, WIDE], ids=["paper", "fla", "small", "wide"])
@@ -291,8 +296,7 @@ def test_full_size(separate: bool, hidden: tuple[int, int] | None, dtype: torch.
     sequences.step([0] * 4, first)
     sequences.check(first)
     # Decode rows come first: reorder so that the chunk is the last row.
-    for attribute in (sequences.tokens, sequences.pages):
-        attribute.append(attribute.pop(0))
-    if not separate:
-        sequences.step([64, 1499, 3999, 1700], [1, 1, 1, 1300], num_decode_rows=3)
-        sequences.check([65, 1500, 4000, 3000])
+    for attribute in (sequences.tokens, sequences.pages, sequences.swa_pages):
+        attribute.append(attribute.pop(0))  # type: ignore[attr-defined]
+    sequences.step([64, 1499, 3999, 1700], [1, 1, 1, 1300], num_decode_rows=3)
+    sequences.check([65, 1500, 4000, 3000])

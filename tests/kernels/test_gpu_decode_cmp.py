@@ -72,7 +72,6 @@ class Problem:
             "check": True,
             "branch_kv": branch_kv,
             "swa_page_table": self.swa_page_table if is_separate else None,
-            "tail_slots": self.tail_slots if is_separate else None,
         }
         partials = decode_cmp(
             self.q,
@@ -91,11 +90,6 @@ class Problem:
     def swa_page_table(self) -> Tensor:
         """Other pages than those of page_table."""
         return (self.cache.k.shape[0] - self.page_table).where(self.page_table > 0, 0)
-
-    @property
-    def tail_slots(self) -> Tensor:
-        """Rows in reverse."""
-        return torch.arange(len(self.seq_lens), dtype=torch.int32, device=DEVICE).flip(0)
 
     def compressed(self, row: int) -> tuple[Tensor, Tensor]:
         """The row's windows as they should be in the cache: [N, H, D], [N, H, Dv] fp32."""
@@ -132,8 +126,8 @@ def make_problem(
         for page in range(-(-n // size)):
             page_table[row, page] = free.pop()
 
-    def poison(tokens: int, dims: int, count: int = num_pages) -> Tensor:
-        return torch.full((count, heads, tokens, dims), torch.nan, dtype=dtype)
+    def poison(tokens: int, dims: int) -> Tensor:
+        return torch.full((num_pages, heads, tokens, dims), torch.nan, dtype=dtype)
 
     entries = spec.cmp_entries_per_page
     cache = LayerCache(
@@ -143,8 +137,8 @@ def make_problem(
         poison(entries, v_dim),
         poison(size, dim) if separate else None,
         poison(size, v_dim) if separate else None,
-        poison(spec.cmp_len, dim, len(seq_lens)) if separate else None,
-        poison(spec.cmp_len, v_dim, len(seq_lens)) if separate else None,
+        poison(spec.cmp_len, dim) if separate else None,
+        poison(spec.cmp_len, v_dim) if separate else None,
     )
     k, v = rows(dim), rows(v_dim)
     raw = (
@@ -205,9 +199,12 @@ def _fill(problem: Problem, row: int, num_tokens: int) -> None:
         mean = reference.compress_mean(x[:num_tokens], spec)
         target[page, :, entry % entries] = mean.to(dtype)
         if tail is not None:
-            last = token[-spec.cmp_len :]
-            slot = len(problem.seq_lens) - 1 - row
-            tail[slot][:, last % spec.cmp_len] = x[last].transpose(0, 1).to(dtype)
+            # In order: a page's last tokens take the place of those before.
+            swa_pages = problem.swa_page_table[row].tolist()
+            for position in range(num_tokens):
+                tail[swa_pages[position // size], :, position % spec.cmp_len] = x[position].to(
+                    dtype
+                )
 
 
 def merged(partials: CmpPartials) -> tuple[Tensor, Tensor]:
@@ -309,7 +306,7 @@ def test_dialects(name: str, splits: int) -> None:
 def test_separate_keys_and_values() -> None:
     problem = make_problem(PAPER, [1, 31, 32, 0, 97, 192, 400], separate=True)
     check(problem, splits=2)
-    with pytest.raises(ValueError, match="branch_kv, swa_page_table and tail_slots"):
+    with pytest.raises(ValueError, match="branch_kv and swa_page_table"):
         problem.run(branch_kv=None)
 
 

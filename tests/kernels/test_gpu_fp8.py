@@ -72,6 +72,12 @@ def expected(problem: Problem, row: int, start: int, stop: int) -> Tensor:
     k, v, k_cmp, v_cmp = dequantised(problem, row, stop)
     q, positions = problem.q[row][start:stop], torch.arange(start, stop)
     o_cmp, lse = reference.cmp_attention(q, k_cmp, v_cmp, positions, spec, softmax_scale=scale)
+    if problem.cache.k_lse is not None:
+        assert problem.cache.k_scale is not None
+        pages, stored = torch.tensor(problem.pages[row]), problem.cache.k_lse.float().cpu()
+        k_lse = reference.gather_cmp(stored, pages, stop, spec.coarse)
+        k_lse = k_lse * problem.cache.k_scale.cpu()[:, None]
+        lse = reference.selection_lse(q, k_lse, positions, spec, softmax_scale=scale)
     scores = reference.block_scores(
         q,
         k_cmp,
@@ -98,7 +104,7 @@ def contents(cache: LayerCache) -> list[Tensor]:
 
 
 @BOTH_PATHS
-@pytest.mark.parametrize("name", ["paper", "legacy", "no_window", "max_pool"])
+@pytest.mark.parametrize("name", ["paper", "legacy", "no_window", "max_pool", "infllm"])
 def test_prefill_then_decode_attend_to_what_the_cache_holds(name: str) -> None:
     spec = SPECS[name]
     lengths = [spec.cmp_len + 1, 6 * spec.block_size + 5]

@@ -13,14 +13,13 @@ from nsa_kernels.gpu.gemm import GEMM_ROW_CLASSES, GemmConfig
 from nsa_kernels.gpu.gemv import GemvConfig, can_gemv
 from nsa_kernels.gpu.linear import (
     MAX_SKINNY_ROWS,
-    ROW_CLASSES,
-    Rotary,
-    SkinnyConfig,
+    LinearConfig,
     choose_config,
     linear,
-    row_class,
-    skinny_config,
+    starts_early,
 )
+from nsa_kernels.gpu.linear_tile import Rotary
+from nsa_kernels.gpu.skinny import ROW_CLASSES, SkinnyConfig, row_class, skinny_config
 from tests.kernels.gpu_util import DEVICE
 
 # Of the norm of the result: rounding of x * norm weight and of the result, once each. The
@@ -130,9 +129,9 @@ def test_every_fusion_of_few_rows(
 # Whole, split, and more splits than there are steps; K a multiple of the step or not.
 GEMM_TILES = [
     GemmConfig(64, 32, 4, 3),
-    GemmConfig(64, 32, 4, 3, early=True),
-    GemmConfig(64, 64, 4, 4, splits=3),
-    GemmConfig(128, 32, 4, 3, splits=40, early=True),
+    GemmConfig(64, 32, 4, 3, fold_norm=True),
+    GemmConfig(32, 64, 4, 4, splits=3),
+    GemmConfig(128, 32, 4, 3, splits=40, fold_norm=True),
 ]
 
 
@@ -153,18 +152,21 @@ def test_every_fusion_of_a_warp_group(
 
 @pytest.mark.parametrize("size", GEMM_ROW_CLASSES)
 @pytest.mark.parametrize("splits", [1, 3])
-def test_a_row_of_a_warp_group_does_not_depend_on_the_others(size: int, splits: int) -> None:
-    """Nor on how many there are in its class, nor on when weights are loaded."""
-    config = GemmConfig(64, 32, 4, 3, splits=splits)
+@pytest.mark.parametrize("fold_norm", [False, True])
+def test_a_row_of_a_warp_group_does_not_depend_on_the_others(
+    size: int, splits: int, fold_norm: bool
+) -> None:
+    """Nor on how many there are in its class."""
+    config = GemmConfig(64, 32, 4, 3, splits=splits, fold_norm=fold_norm)
     x = randn(size, 136, dtype=torch.bfloat16)
     weight = randn(80, 136, dtype=torch.bfloat16, seed=1)
-    expected = linear(x, weight, config=config)
-    assert torch.equal(linear(x, weight, config=replace(config, early=True)), expected)
+    norm = (randn(136, dtype=torch.bfloat16, seed=2), 1e-5)
+    expected = linear(x, weight, norm=norm, config=config)
     for num_rows in {size // 2 + 1, size - 1 if size > 16 else 1, size}:
         others = x[:num_rows].flip(0) * 3
         others[0] = x[0]
         others[-1] = x[num_rows - 1]
-        actual = linear(others, weight, config=config)
+        actual = linear(others, weight, norm=norm, config=config)
         assert torch.equal(actual[0], expected[0])
         assert torch.equal(actual[-1], expected[num_rows - 1])
 
@@ -194,7 +196,7 @@ def check_fusion(
     fused: str,
     *,
     tolerance: float,
-    config: SkinnyConfig | GemvConfig | GemmConfig | None = None,
+    config: LinearConfig | None = None,
     rotated_heads: int | None = None,
 ) -> None:
     is_swiglu, is_rotary = "swiglu" in fused, "rotary" in fused
@@ -243,24 +245,6 @@ def test_every_tile(block_n: int, num_warps: int) -> None:
             tolerance=TOLERANCE[torch.bfloat16],
             config=config,
             rotated_heads=2,
-        )
-
-
-@pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("splits", [2, 3, 5])
-@pytest.mark.parametrize("fused", ["norm+bias+residual", "norm+bias+swiglu", "norm+bias+rotary"])
-def test_splits(splits: int, fused: str) -> None:
-    """Also where the last split is short, and where it is empty."""
-    config = SkinnyConfig(16, 16, 2, 3, splits=splits)
-    for num_in in (160, 168):
-        check_fusion(
-            torch.bfloat16,
-            9,
-            90,
-            num_in,
-            fused,
-            tolerance=TOLERANCE[torch.bfloat16],
-            config=config,
         )
 
 
@@ -342,16 +326,63 @@ def test_configurations_fit_every_number_of_rows(dtype: torch.dtype) -> None:
 @DTYPES
 def test_rows_of_one_class_have_one_kernel(dtype: torch.dtype) -> None:
     """What makes a row's result the same for every number of rows of its class."""
-    for num_out, num_in in [
-        (2400, 2048),
-        (2048, 2048),
-        (16384, 2048),
-        (9408, 4096),
-        (128256, 4096),
-    ]:
+    for num_out, num_in in MODEL_SHAPES:
         for first, last in [(2, 8), (9, 16), (17, 32), (33, MAX_SKINNY_ROWS)]:
             sizes = range(first, last + 1)
             assert len({choose_config(size, num_out, num_in, dtype) for size in sizes}) == 1
+
+
+# Of the decoder layers and heads of 1B and 8B models, for which the choice was measured; and one
+# too small for all multiprocessors.
+MODEL_SHAPES = [
+    (1024, 1024),
+    (2400, 2048),
+    (2048, 2048),
+    (16384, 2048),
+    (2048, 8192),
+    (128256, 2048),
+    (9408, 4096),
+    (4096, 8192),
+    (28672, 4096),
+    (4096, 14336),
+    (128256, 4096),
+]
+# Every kernel that is chosen for them, by the most rows of a class.
+CHOSEN = dict.fromkeys(
+    (size, config)
+    for size in (1, *ROW_CLASSES)
+    for shape in MODEL_SHAPES
+    if (config := choose_config(size, *shape, torch.bfloat16)) is not None
+)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize(("size", "config"), CHOSEN, ids=str)
+def test_every_chosen_kernel(size: int, config: LinearConfig) -> None:
+    """Against fp64, and a row is the same whatever the others and how many they are."""
+    num_in = 1024 if isinstance(config, GemvConfig) else 200
+    for fused in ("norm+rotary", "norm+swiglu", "residual"):
+        tolerance = TOLERANCE[torch.bfloat16]
+        check_fusion(torch.bfloat16, size, 70, num_in, fused, tolerance=tolerance, config=config)
+    x = randn(size, num_in, dtype=torch.bfloat16)
+    weight = randn(80, num_in, dtype=torch.bfloat16, seed=1)
+    norm = (randn(num_in, dtype=torch.bfloat16, seed=2), 1e-5)
+    expected = linear(x, weight, norm=norm, config=config)
+    for num_rows in {2 if size == 8 else size // 2 + 1, size}:
+        others = x[:num_rows].flip(0) * 3
+        others[0], others[-1] = x[0], x[num_rows - 1]
+        actual = linear(others, weight, norm=norm, config=config)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[-1], expected[num_rows - 1])
+
+
+def test_what_starts_early() -> None:
+    """Large layers of a few rows: a kernel in front has then something left to give."""
+    large, narrow = (torch.empty(size, device="meta") for size in ((4096, 14336), (16384, 2048)))
+    early = [num_rows for num_rows in range(1, 65) if starts_early(num_rows, large)]
+    assert early == list(range(2, 17))
+    early = [num_rows for num_rows in range(1, 65) if starts_early(num_rows, narrow)]
+    assert early == [1, *range(17, 65)]
 
 
 def test_positions_that_are_settled() -> None:
@@ -403,7 +434,16 @@ def test_nothing_to_do_and_what_does_not_fit() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 16, 24, 32, 63, 64, 65])
-@pytest.mark.parametrize("config", [None, GemmConfig(64, 128, 4, 4, splits=4)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        GemmConfig(64, 128, 4, 4, splits=4),
+        GemmConfig(64, 128, 4, 4, splits=2, fold_norm=True),
+        GemmConfig(32, 256, 4, 3, fold_norm=True),
+    ],
+    ids=str,
+)
 def test_full_size(dtype: torch.dtype, num_rows: int, config: GemmConfig | None) -> None:
     if config is not None and num_rows > GEMM_ROW_CLASSES[-1]:
         pytest.skip("one kernel takes at most 64 rows")
@@ -424,7 +464,7 @@ def test_full_size(dtype: torch.dtype, num_rows: int, config: GemmConfig | None)
     [
         (None, None),
         (GemmConfig(64, 128, 4, 4), GemmConfig(64, 128, 4, 4, splits=8)),
-        (GemmConfig(128, 64, 4, 4, early=True), GemmConfig(64, 64, 4, 4, splits=6, early=True)),
+        (GemmConfig(64, 128, 4, 4, splits=2, fold_norm=True), GemmConfig(32, 128, 4, 4)),
     ],
     ids=str,
 )

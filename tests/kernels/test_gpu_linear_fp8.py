@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nsa_kernels.gpu import linear_fp8 as linear_fp8_module
-from nsa_kernels.gpu.linear import Rotary
 from nsa_kernels.gpu.linear_fp8 import E4M3, linear_fp8
+from nsa_kernels.gpu.linear_tile import Rotary
 from nsa_kernels.gpu.quantize import quantize_rows
 from tests.kernels.gpu_util import DEVICE
 

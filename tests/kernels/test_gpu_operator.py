@@ -12,6 +12,7 @@ from nsa_kernels import reference
 from nsa_kernels.gpu import plan as gpu_plan
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.plan import GpuPlan, plan_attention
+from nsa_kernels.gpu.prefill_scores import can_score_pass
 from nsa_kernels.metadata import build_metadata
 from nsa_kernels.ops import Branches
 from nsa_kernels.spec import NSASpec
@@ -85,6 +86,18 @@ def test_both_ways_to_score_blocks(
     """Also of rows whose blocks are all selected, and where scores are all that is wanted."""
     monkeypatch.setattr(gpu_plan, "prefers_score_pass", lambda group_size, spec: score_pass)
     spec = GPU_SPECS[name]
+    if not can_score_pass(spec):
+        with pytest.raises(ValueError, match="score_pass"):
+            gpu_plan.plan_attention(
+                build_metadata([[1]], [0], [1], spec),
+                spec,
+                num_q_heads=1,
+                num_kv_heads=1,
+                dtype=torch.float32,
+                device=DEVICE,
+                score_pass=True,
+            )
+        return
     length = (spec.num_selected_blocks + 3) * spec.block_size + 5
     problem = make(spec, [length, 40], heads=1, group=2)
     start = length - 2 * spec.block_size - 1

@@ -335,6 +335,13 @@ def test_offsets_of_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     check(problem, problem.run())
 
 
+def test_the_log_sum_exp_alone() -> None:
+    problem = make_problem(PAPER, [700], [41])
+    alone = problem.run(with_output=False, with_scores=False)
+    assert alone.o_cmp is None and alone.units is None
+    assert torch.equal(alone.lse2, problem.run().lse2)
+
+
 def test_bad_arguments_say_what_was_expected() -> None:
     problem = make_problem(PAPER, [0], [40])
     with pytest.raises(ValueError, match=r"multiple of a page's 4 entries.* got 30"):

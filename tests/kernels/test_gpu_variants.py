@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-# Every kernel of the attention, but those of branches with K/V of their own.
+# Every kernel of the attention, but those of some dialects.
 KERNELS = {
     "_append_kernel",
     "_decode_cmp_kernel",
@@ -29,7 +29,7 @@ KERNELS = {
 }
 # Rows of the step's own tensors: loads of 16 bytes need to know that they are aligned. Torch gives
 # a tensor of one row another stride than one of several, that is all that varies.
-ROW_STRIDE = re.compile(r".*\.(stride_[qkvg]\w*|(key|value)_strides\[\d\])")
+ROW_STRIDE = re.compile(r".*\.(stride_[qkvg]\w*|[kv](ey|alue)?_strides\[\d\])")
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,9 @@ def test_every_kernel_is_looked_at(reports: dict[str, Any]) -> None:
         ("mlp-fp8", {"_hidden_kernel", "_entry_kernel", "_prefill_select_kernel"}),
     ):
         assert (KERNELS | others) - set(reports[name]["kernels"]) == set()
+    assert {"_decode_lse_kernel", "_file_kernel"} <= set(reports["infllm"]["kernels"])
+    for name in ("branches", "branches-mlp"):
+        assert "_tail_kernel" in reports[name]["kernels"]
 
 
 def test_no_step_after_the_warm_up_compiles(reports: dict[str, Any]) -> None:

@@ -1,10 +1,11 @@
 """InfLLM-v2 on the serving paths: dense below `dense_len`, coarse windows, lists of two lengths.
 
-The CPU path against the fp32 specification; a GPU has no kernels for it yet.
+Both paths against the fp32 specification; the kernels in the interpreter where there is no GPU.
 Caches start out as NaN, so whatever is read was written before.
 """
 
 import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,28 +13,42 @@ import pytest
 import torch
 
 from nsa_kernels import reference
+from nsa_kernels.gpu import plan as gpu_plan
 from nsa_kernels.gpu.common import check_geometry
+from nsa_kernels.gpu.lse import decode_lse
 from nsa_kernels.metadata import build_metadata
 from nsa_kernels.ops import BlockTrace, Branches, nsa_attention, plan_attention
 from nsa_kernels.spec import NSASpec
+from tests.kernels.gpu_util import DEVICE
 from tests.kernels.problem import INFLLM, Problem, assert_close, make_problem
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 SLC_ONLY = (0.0, 1.0, 0.0)
 ONLY = Branches(cmp=False, swa=False)
-PATHS = pytest.mark.parametrize("path", ["torch"])
+PATHS = pytest.mark.parametrize("path", ["torch", "gpu"])
+
+
+@pytest.fixture(autouse=True)
+def prefill_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attend block by block, as over long contexts, unless a test asks for "short"."""
+    if getattr(request, "param", "long") == "long":
+        monkeypatch.setattr(gpu_plan, "short_context", lambda spec: 0)
 
 
 def make(spec: NSASpec, lengths: list[int], path: str, **arguments: Any) -> Problem:
     arguments = {"heads": 1, "group": 2} | arguments
-    return make_problem(spec, lengths, path=path, **arguments)
+    device = DEVICE if path == "gpu" else None
+    return make_problem(spec, lengths, path=path, device=device, **arguments)
 
 
 def fill(problem: Problem, row: int, stop: int) -> None:
-    """Bring a row's first tokens into the cache."""
+    """Bring a row's first tokens into the cache: not by the interpreter, whose time they are."""
+    path = problem.path
+    problem.path = "torch" if DEVICE.type == "cpu" else path
     if stop:
         problem.run([0], [stop], rows=[row], branches=ONLY, gates=SLC_ONLY)
+    problem.path = path
 
 
 def expected(problem: Problem, row: int, start: int, stop: int) -> torch.Tensor:
@@ -75,6 +90,7 @@ def test_wherever_dense_attention_ends(path: str, dense_len: int) -> None:
 
 
 @PATHS
+@pytest.mark.parametrize("prefill_path", ["long", "short"], indirect=True)
 @pytest.mark.parametrize("cuts", [(), (299,), (127, 128, 298, 300), (31, 65, 191, 320)])
 def test_chunks_equal_the_whole(path: str, cuts: tuple[int, ...]) -> None:
     problem = make(INFLLM, [390], path)
@@ -154,14 +170,52 @@ def test_a_window_over_everything_is_dense_attention(path: str) -> None:
         assert_close(outputs[row], torch.einsum("gqt,td->qgd", weights, v[:, 0]))
 
 
+@pytest.mark.parametrize(("lse_len", "lse_stride"), [(128, 64), (64, 32), (256, 16)])
+def test_coarse_keys_and_their_log_sum_exp(lse_len: int, lse_stride: int) -> None:
+    """Filed by chunks and by decode rows; of no other entry is anything read."""
+    spec = replace(INFLLM, lse_len=lse_len, lse_stride=lse_stride, dense_len=0)
+    lengths = [257, 320, 384, 447, 448]
+    problem = make(spec, lengths, "gpu", heads=2, group=3)
+    for row, length in enumerate(lengths):
+        fill(problem, row, length - 1)
+    table = torch.zeros(len(lengths), 9, dtype=torch.int32)
+    for row, pages in enumerate(problem.pages):
+        table[row, : len(pages)] = torch.tensor(pages)
+    q, k = (torch.stack([x[-1] for x in xs]).to(DEVICE) for xs in (problem.q, problem.k))
+    part = decode_lse(
+        q,
+        k,
+        problem.cache,
+        torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        table.to(DEVICE),
+        spec,
+        softmax_scale=problem.softmax_scale,
+        num_sms=132,
+        check=True,
+    )
+    actual = torch.logsumexp(part.cpu() * math.log(2), dim=-1)
+    assert problem.cache.k_lse is not None
+    for row, length in enumerate(lengths):
+        k_lse = reference.compress_mean(problem.k[row], spec.coarse)
+        stored = reference.gather_cmp(
+            problem.cache.k_lse.cpu(), torch.tensor(problem.pages[row]), length, spec.coarse
+        )
+        assert_close(stored, k_lse)
+        position = torch.tensor([length - 1])
+        lse = reference.selection_lse(
+            problem.q[row][-1:], k_lse, position, spec, softmax_scale=problem.softmax_scale
+        )
+        assert_close(actual[row : row + 1], lse)
+
+
 @pytest.mark.parametrize("cuts", [(), (127, 128, 191), (64, 129)])
 def test_chunks_file_coarse_keys(cuts: tuple[int, ...]) -> None:
-    problem = make(INFLLM, [260], "torch", heads=2)
+    problem = make(INFLLM, [260], "gpu", heads=2)
     for start, stop in itertools.pairwise([0, *cuts, 260]):
         problem.run([start], [stop - start], branches=ONLY, gates=SLC_ONLY)
     assert problem.cache.k_lse is not None
     pages = torch.tensor(problem.pages[0])
-    stored = reference.gather_cmp(problem.cache.k_lse, pages, 260, INFLLM.coarse)
+    stored = reference.gather_cmp(problem.cache.k_lse.cpu(), pages, 260, INFLLM.coarse)
     assert_close(stored, reference.compress_mean(problem.k[0], INFLLM.coarse))
 
 
@@ -199,9 +253,16 @@ def test_a_trace_lists_what_dense_queries_see() -> None:
     assert {0, 4, 5} < set(sparse) and {0, 4, 5} < set(last)
 
 
-@pytest.mark.parametrize("spec", [INFLLM, replace(INFLLM, dense_len=0)])
-def test_a_gpu_has_no_kernels_for_it(spec: NSASpec) -> None:
-    with pytest.raises(ValueError, match=r"_len \d+ has no kernels for a GPU yet; use device cpu"):
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"lse_stride": 4, "lse_len": 128}, "at most 16"),
+        ({"dense_len": 1024 * 64 + 2}, "1025 .*window"),
+    ],
+)  # fmt: skip
+def test_what_the_kernels_cannot_do_is_refused(fields: dict[str, int], message: str) -> None:
+    spec = replace(INFLLM, **fields)
+    with pytest.raises(ValueError, match=message):
         check_geometry(spec)
 
 
@@ -214,4 +275,4 @@ def test_a_cache_without_coarse_keys_is_refused() -> None:
 
 def test_coarse_windows_need_shared_keys() -> None:
     with pytest.raises(ValueError, match="lse_len needs keys that the branches share"):
-        build_metadata([[1]], [0], [5], INFLLM, swa_pages=[[1]], tail_slots=[0])
+        build_metadata([[1]], [0], [5], INFLLM, swa_pages=[[1]])

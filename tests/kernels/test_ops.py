@@ -1,6 +1,7 @@
 """The paged operators against the fp32 specification, over ugly sizes and every dialect."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,11 +98,11 @@ def test_gate_logits_pass_through_the_sigmoid() -> None:
 
 def test_branch_keys_without_a_cache_for_them_are_refused() -> None:
     problem = make_problem(FLA, [20], separate=True)
-    shared = make_problem(FLA, [20])
-    problem.cache = shared.cache
-    problem.k_swa = problem.k
-    with pytest.raises(ValueError, match="pass swa_pages as well"):
-        build_metadata([[1, 2]], [0], [20], FLA, tail_slots=[0])
+    problem.cache = replace(problem.cache, k_tail=None)
+    with pytest.raises(ValueError, match="branch_kv given and a cache with 3 of the four"):
+        problem.run([0], [20])
+    with pytest.raises(ValueError, match="row 0 has 20 tokens but 1 pages of 16"):
+        build_metadata([[1, 2]], [0], [20], FLA, swa_pages=[[1]])
 
 
 CONSTANT_GATES = [g for g in itertools.product((0.0, 1.0, 0.5), repeat=3) if any(g)][::4]

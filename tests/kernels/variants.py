@@ -25,7 +25,7 @@ from triton.runtime.jit import JITFunction
 
 from nsa_kernels.gpu import attention
 from nsa_kernels.gpu.plan import plan_attention
-from nsa_kernels.metadata import LayerCache, build_metadata
+from nsa_kernels.metadata import BranchKV, LayerCache, build_metadata
 from nsa_kernels.reference import CompressionMLP
 from nsa_kernels.spec import NSASpec
 
@@ -51,6 +51,23 @@ GEOMETRIES = {
         False,
     ),
     "mlp": (NSASpec(), 16, 2, 64, True),
+    "branches": (NSASpec(), 16, 2, 64, False),
+    "branches-mlp": (NSASpec(), 16, 1, 64, True),
+    "infllm": (
+        NSASpec(
+            num_selected_blocks=96,
+            num_local_blocks=32,
+            window_size=0,
+            score_map="max_pool",
+            dense_len=8192,
+            lse_len=128,
+            lse_stride=64,
+        ),
+        32,
+        2,
+        128,
+        False,
+    ),
 }
 
 
@@ -116,9 +133,12 @@ class Layer:
         num_kv_heads: int,
         dim: int,
         is_mlp: bool,
+        *,
         is_fp8: bool,
+        is_separate: bool,
     ) -> None:
         self.spec, self.heads, self.dim = spec, (num_q_heads, num_kv_heads), dim
+        self.is_separate = is_separate
         dtype = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
 
         def pages(tokens: int) -> Tensor:
@@ -133,7 +153,13 @@ class Layer:
             pages(entries),
             k_scale=scale,
             v_scale=scale,
+            k_lse=pages(spec.block_size // spec.lse_stride) if spec.lse_len else None,
         )
+        if is_separate:
+            tokens = {"k_swa": spec.block_size, "k_tail": spec.cmp_len}
+            tokens |= {name.replace("k", "v"): count for name, count in tokens.items()}
+            branch_pages = {name: pages(count) for name, count in tokens.items()}
+            self.cache = dataclasses.replace(self.cache, **branch_pages)
         self.mlps = None
         if is_mlp:
             shapes = ((spec.cmp_len, dim), (128, spec.cmp_len * dim), (128,), (dim, 128), (dim,))
@@ -145,7 +171,14 @@ class Layer:
         size, (num_q_heads, num_kv_heads) = self.spec.block_size, self.heads
         starts = [max(end - num, 0) for end, num in zip(ends, lens, strict=True)]
         pages = [[1] * -(-(a + n) // size) for a, n in zip(starts, lens, strict=True)]
-        meta = build_metadata(pages, starts, lens, self.spec, num_decode_rows=num_decode_rows)
+        meta = build_metadata(
+            pages,
+            starts,
+            lens,
+            self.spec,
+            num_decode_rows=num_decode_rows,
+            swa_pages=pages if self.is_separate else None,
+        )
         plan = plan_attention(
             meta,
             self.spec,
@@ -160,12 +193,13 @@ class Layer:
             min(pages for c in CONTEXTS if (pages := -(-c // size)) >= num_pages),
         )
         plan = dataclasses.replace(plan, use_pdl=True, decode_shape=shape)
-        widths = [num_q_heads * self.dim] + [num_kv_heads * self.dim] * 2 + [num_q_heads * 3]
+        num_kv = 6 if self.is_separate else 2
+        widths = [num_q_heads * self.dim, *[num_kv_heads * self.dim] * num_kv, num_q_heads * 3]
         fused = empty(sum(lens), sum(widths))
-        edges = [0, *(sum(widths[: i + 1]) for i in range(4))]
-        q, k, v, gates = (
+        edges = [0, *(sum(widths[: i + 1]) for i in range(len(widths)))]
+        q, k, v, *others, gates = (
             fused[:, a:b].unflatten(1, (-1, width))
-            for (a, b), width in zip(pairwise(edges), (*[self.dim] * 3, 3), strict=True)
+            for (a, b), width in zip(pairwise(edges), (*[self.dim] * (num_kv + 1), 3), strict=True)
         )
         attention.nsa_attention(
             q,
@@ -177,6 +211,7 @@ class Layer:
             self.spec,
             softmax_scale=0.1,
             compression=self.mlps,
+            branch_kv=BranchKV(*others) if others else None,
             sigmoid_gates=True,
         )
 
@@ -222,10 +257,11 @@ def main() -> None:
     recorder.install()
     reports = {}
     for name, geometry in GEOMETRIES.items():
-        for is_fp8 in (False, True):
+        is_separate = name.startswith("branches")
+        for is_fp8 in (False,) if is_separate else (False, True):
             recorder.variants.clear()
             recorder.values.clear()
-            layer = Layer(*geometry, is_fp8)
+            layer = Layer(*geometry, is_fp8=is_fp8, is_separate=is_separate)
             recorder.phase = "warm-up"
             layer.warm_up()
             recorder.phase = "serving"

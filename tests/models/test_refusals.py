@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from nsa_serve.engine_setup import check_gpu_model
 from nsa_serve.errors import ModelError
 from nsa_serve.models.refusals import _RULES
 
@@ -268,18 +267,3 @@ def test_a_message_is_short(tmp_path: Path) -> None:
     with pytest.raises(ModelError) as caught:
         load(tmp_path, LLAMA_NSA, mixer_types=["lightning"] * 1000)
     assert len(str(caught.value)) < 300
-
-
-@pytest.mark.parametrize(
-    ("raw", "field"),
-    [(NSA_MOE, "kv_per_branch"), ({**MINICPM4_8B, "sparse_config": SPARSE_CONFIG}, "dense_len")],
-)
-def test_a_model_without_gpu_path_says_what_it_has(
-    raw: dict[str, Any], field: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ModelError, match=rf"{field}.*no GPU path yet: serve it with --device cpu"):
-        check_gpu_model(load(tmp_path, raw))
-
-
-def test_a_model_with_a_gpu_path_is_not_refused(tmp_path: Path) -> None:
-    check_gpu_model(load(tmp_path, LLAMA))

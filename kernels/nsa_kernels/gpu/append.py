@@ -45,15 +45,16 @@ def _copy_tokens(
     BLOCK_D: tl.constexpr,
     KV_HEADS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
+    HELD: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Copy the live tokens of one head to their slots."""
+    """Copy the live tokens of one head to their slots; a page of the cache has HELD of them."""
     offs_d = tl.arange(0, BLOCK_D)
     table = page_table_ptr + rows.to(tl.int64) * stride_table
     pages = tl.load(table + positions // PAGE_SIZE, mask=live, other=0).to(tl.int64)
     if CHECK:
         tl.device_assert((pages >= 0) & (pages < num_pages) | (live == 0), "page")
-    slots = (pages * KV_HEADS + head) * PAGE_SIZE + positions % PAGE_SIZE
+    slots = (pages * KV_HEADS + head) * HELD + positions % HELD
     mask = live[:, None] & (offs_d < DIM)[None, :]
     source = x_ptr + tokens.to(tl.int64)[:, None] * stride_t + head * stride_h + offs_d[None, :]
     x = tl.load(source, mask=mask, other=0.0)
@@ -85,13 +86,11 @@ def _append_tile(
     x_ptr, raw_ptr, swa_ptr, cache_ptr, cache_swa_ptr, old_ptr, entries_ptr, scale_ptr = tensors
     x_t, x_h, raw_t, raw_h, swa_t, swa_h = strides
     token_rows, positions_ptr, seq_lens, cu_seqlens = plan[0], plan[1], plan[2], plan[3]
-    page_table, swa_table, tail_slots = plan[4], plan[5], plan[6]
-    window_rows, window_ends = plan[7], plan[8]
+    page_table, swa_table, window_rows, window_ends = plan[4], plan[5], plan[6], plan[7]
     num_tokens, num_copies, num_candidates, first_row, num_decode_rows = (
         counts[0], counts[1], counts[2], counts[3], counts[4],
     )  # fmt: skip
-    num_pages, num_swa_pages, num_old = counts[5], counts[6], counts[7]
-    stride_table, stride_swa = counts[8], counts[9]
+    num_pages, num_swa_pages, stride_table, stride_swa = counts[5], counts[6], counts[7], counts[8]
     offs_d = tl.arange(0, BLOCK_D)
 
     if pid < num_copies:
@@ -103,33 +102,34 @@ def _append_tile(
         positions = tl.where(live, positions, 0)
         _copy_tokens(
             x_ptr, x_t, x_h, cache_ptr, scale_ptr, page_table, stride_table, num_pages, tokens,
-            rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
+            rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, PAGE_SIZE, CHECK,
         )  # fmt: skip
         if SEPARATE:
             _copy_tokens(
                 swa_ptr, swa_t, swa_h, cache_swa_ptr, None, swa_table, stride_swa, num_swa_pages,
-                tokens, rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, CHECK,
+                tokens, rows, positions, live, head, DIM, BLOCK_D, KV_HEADS, PAGE_SIZE, PAGE_SIZE,
+                CHECK,
             )  # fmt: skip
-            # A single token replaces the one that its own window has just left, so no window of
-            # this launch reads the slot. Those of longer rows are kept by a later launch.
-            kept = live & (tokens < num_decode_rows)
-            slot = tl.load(tail_slots + rows, mask=kept, other=0).to(tl.int64)
-            if CHECK:
-                tl.device_assert((slot >= 0) & (slot < num_old) | (kept == 0), "slot")
-            slot = (slot * KV_HEADS + head) * CMP_LEN + positions % CMP_LEN
-            mask = kept[:, None] & (offs_d < DIM)[None, :]
-            source = raw_ptr + tokens.to(tl.int64)[:, None] * raw_t + head * raw_h
-            raw = tl.load(source + offs_d[None, :], mask=mask, other=0.0)
-            tl.store(old_ptr + slot[:, None] * DIM + offs_d[None, :], raw, mask=mask)
+            # A single token replaces one that its own window has left, if any, so no window of this
+            # launch reads the slot. Those of longer rows are kept by a later launch.
+            _copy_tokens(
+                raw_ptr, raw_t, raw_h, old_ptr, None, swa_table, stride_swa, num_swa_pages, tokens,
+                rows, positions, live & (tokens < num_decode_rows), head, DIM, BLOCK_D, KV_HEADS,
+                PAGE_SIZE, CMP_LEN, CHECK,
+            )  # fmt: skip
     else:
         row, end, closes = load_window(
             pid - num_copies, num_candidates, window_rows, window_ends, seq_lens, first_row,
             num_decode_rows, CMP_LEN, CMP_STRIDE,
         )  # fmt: skip
         if closes:
+            if SEPARATE:
+                old_table, stride_old, num_old = swa_table, stride_swa, num_swa_pages
+            else:
+                old_table, stride_old, num_old = page_table, stride_table, num_pages
             first, token_shift, row_start, older, newer = locate_window(
-                row, end, head, closes, num_old, seq_lens, cu_seqlens, page_table, stride_table,
-                tail_slots, KV_HEADS, DIM, PAGE_SIZE, CMP_LEN, SEPARATE, CHECK,
+                row, end, head, closes, num_old, seq_lens, cu_seqlens, old_table, stride_old,
+                KV_HEADS, DIM, PAGE_SIZE, CMP_LEN, SEPARATE, CHECK,
             )  # fmt: skip
             total = tl.zeros([BLOCK_D], dtype=tl.float32)
             for start in tl.static_range(0, CMP_LEN, BLOCK_L):
@@ -167,7 +167,6 @@ def _append_tile(
         "num_decode_rows",
         "num_pages",
         "num_swa_pages",
-        "num_old",
         "stride_table",
         "stride_swa",
     ]
@@ -185,7 +184,6 @@ def _append_kernel(
     num_decode_rows,
     num_pages,
     num_swa_pages,
-    num_old,
     stride_table,
     stride_swa,
     K_DIM: tl.constexpr,
@@ -209,7 +207,6 @@ def _append_kernel(
         num_decode_rows,
         num_pages,
         num_swa_pages,
-        num_old,
         stride_table,
         stride_swa,
     )
@@ -227,31 +224,8 @@ def _append_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _keep_tokens(
-    raw_ptr,
-    stride_t,
-    stride_h,
-    tail_ptr,
-    slot,
-    head,
-    tokens,
-    positions,
-    kept,
-    DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    CMP_LEN: tl.constexpr,
-):
-    offs_d = tl.arange(0, BLOCK_D)
-    mask = kept[:, None] & (offs_d < DIM)[None, :]
-    source = raw_ptr + tokens.to(tl.int64)[:, None] * stride_t + head * stride_h
-    raw = tl.load(source + offs_d[None, :], mask=mask, other=0.0)
-    entry = (slot * KV_HEADS + head) * CMP_LEN + positions % CMP_LEN
-    tl.store(tail_ptr + entry[:, None] * DIM + offs_d[None, :], raw, mask=mask)
-
-
-@triton.jit(do_not_specialize=["first_row", "num_slots"])
+# What changes from step to step must not compile the kernel anew.
+@triton.jit(do_not_specialize=["first_token", "num_tokens", "num_pages", "stride_table"])
 def _tail_kernel(
     k_ptr,
     v_ptr,
@@ -259,38 +233,45 @@ def _tail_kernel(
     v_strides,
     k_tail_ptr,
     v_tail_ptr,
+    token_rows_ptr,
+    positions_ptr,
     seq_lens_ptr,
-    cu_seqlens_ptr,
-    tail_slots_ptr,
-    first_row,
-    num_slots,
+    swa_table_ptr,
+    first_token,
+    num_tokens,
+    num_pages,
+    stride_table,
     K_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     K_BLOCK_D: tl.constexpr,
     V_BLOCK_D: tl.constexpr,
     KV_HEADS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     CMP_LEN: tl.constexpr,
     BLOCK_T: tl.constexpr,
     CHECK: tl.constexpr,
 ):
-    """Keep the last raw tokens of one row and head."""
-    row, head = first_row + tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
-    seq_len = tl.load(seq_lens_ptr + row)
-    row_start, row_stop = tl.load(cu_seqlens_ptr + row), tl.load(cu_seqlens_ptr + row + 1)
-    slot = tl.load(tail_slots_ptr + row).to(tl.int64)
-    if CHECK:
-        tl.device_assert((slot >= 0) & (slot < num_slots) | (seq_len == 0), "slot")
-    back = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T) + 1
-    tokens, positions = row_stop - back, seq_len - back
-    kept = (back <= CMP_LEN) & (tokens >= row_start) & (positions >= 0)
-    _keep_tokens(
-        k_ptr, k_strides[0], k_strides[1], k_tail_ptr, slot, head, tokens, positions, kept, K_DIM,
-        K_BLOCK_D, KV_HEADS, CMP_LEN,
-    )  # fmt: skip
-    _keep_tokens(
-        v_ptr, v_strides[0], v_strides[1], v_tail_ptr, slot, head, tokens, positions, kept, V_DIM,
-        V_BLOCK_D, KV_HEADS, CMP_LEN,
-    )  # fmt: skip
+    """Keep those tokens of a tile, of one head, that are among the last of their window page."""
+    pid, head = tl.program_id(0) // KV_HEADS, tl.program_id(0) % KV_HEADS
+    tokens = first_token + pid * BLOCK_T + tl.arange(0, BLOCK_T)
+    in_step = tokens < num_tokens
+    rows = tl.load(token_rows_ptr + tokens, mask=in_step, other=0)
+    positions = tl.load(positions_ptr + tokens, mask=in_step, other=0)
+    seq_lens = tl.load(seq_lens_ptr + rows, mask=in_step, other=0)
+    page_stops = tl.minimum((positions // PAGE_SIZE + 1) * PAGE_SIZE, seq_lens)
+    kept = in_step & (seq_lens > 0) & (positions >= page_stops - CMP_LEN)
+    if tl.program_id(1) == 0:
+        _copy_tokens(
+            k_ptr, k_strides[0], k_strides[1], k_tail_ptr, None, swa_table_ptr, stride_table,
+            num_pages, tokens, rows, positions, kept, head, K_DIM, K_BLOCK_D, KV_HEADS, PAGE_SIZE,
+            CMP_LEN, CHECK,
+        )  # fmt: skip
+    else:
+        _copy_tokens(
+            v_ptr, v_strides[0], v_strides[1], v_tail_ptr, None, swa_table_ptr, stride_table,
+            num_pages, tokens, rows, positions, kept, head, V_DIM, V_BLOCK_D, KV_HEADS, PAGE_SIZE,
+            CMP_LEN, CHECK,
+        )  # fmt: skip
 
 
 def append_kv(
@@ -312,7 +293,6 @@ def append_kv(
     mlps: tuple[CompressionMLP, CompressionMLP] | None = None,
     branch_kv: BranchKV | None = None,
     swa_page_table: Tensor | None = None,
-    tail_slots: Tensor | None = None,
     check: bool = False,
     block_t: int = BLOCK_T,
     num_warps: int = 4,
@@ -328,10 +308,10 @@ def append_kv(
     compress: False where neither compression nor selection is used. mlps: of keys and of values,
     None = mean of the window, summed in fp32 and rounded once; in an FP8 cache the mean of what
     its pages hold.
-    branch_kv, swa_page_table [B, P], tail_slots [B] (int32): of a cache where every branch has keys
-    and values of its own; the window branch goes to its pages, and the last tokens that were
-    compressed to the tail.
-    check: assert on the device that every page and slot lies in the cache.
+    branch_kv, swa_page_table (int32 [B, P]): of a cache where every branch has keys and values of
+    its own; the window branch goes to the window pages, and of what is compressed the last tokens
+    of each to its tail.
+    check: assert on the device that every page lies in the cache.
     block_t, num_warps: tuning.
 
     Raises ValueError when branch_kv and the tensors that go with it are not all there.
@@ -339,11 +319,11 @@ def append_kv(
     raw_k, raw_v = (branch_kv.k_cmp, branch_kv.v_cmp) if branch_kv else (k, v)
     swa_k, swa_v = (branch_kv.k_swa, branch_kv.v_swa) if branch_kv else (k, v)
     old_k, old_v = (cache.k_tail, cache.v_tail) if branch_kv else (cache.k, cache.v)
-    companions = (swa_page_table, tail_slots, cache.k_swa, cache.v_swa, cache.k_tail, cache.v_tail)
+    companions = (swa_page_table, cache.k_swa, cache.v_swa, cache.k_tail, cache.v_tail)
     if len({branch_kv is None, *(tensor is None for tensor in companions)}) > 1:
         raise ValueError(
-            "branch_kv, swa_page_table, tail_slots and the cache's k_swa, v_swa, k_tail and v_tail "
-            "go together: expected all or none of them"
+            "branch_kv, swa_page_table and the cache's k_swa, v_swa, k_tail and v_tail go "
+            "together: expected all or none of them"
         )
     num_tokens, kv_heads, k_dim = k.shape
     v_dim = v.shape[2]
@@ -358,7 +338,9 @@ def append_kv(
         "K_BLOCK_D": blocks_d[0],
         "V_BLOCK_D": blocks_d[1],
         "KV_HEADS": kv_heads,
+        "PAGE_SIZE": spec.block_size,
         "CMP_LEN": spec.cmp_len,
+        "BLOCK_T": block_t,
         "CHECK": check,
         "debug": check,
         "num_warps": num_warps,
@@ -377,7 +359,6 @@ def append_kv(
                 cu_seqlens_q,
                 page_table,
                 swa_page_table,
-                tail_slots,
                 # Never read when there are none.
                 seq_lens if window_rows is None else window_rows,
                 seq_lens if window_ends is None else window_ends,
@@ -389,12 +370,9 @@ def append_kv(
             num_decode_rows,
             cache.k.shape[0],
             0 if cache.k_swa is None else cache.k_swa.shape[0],
-            0 if old_k is None else old_k.shape[0],
             page_table.stride(0),
             0 if swa_page_table is None else swa_page_table.stride(0),
-            PAGE_SIZE=spec.block_size,
             CMP_STRIDE=spec.cmp_stride,
-            BLOCK_T=block_t,
             BLOCK_L=block_l,
             SEPARATE=branch_kv is not None,
             **sizes,
@@ -413,25 +391,28 @@ def append_kv(
             window_ends=window_ends,
             num_decode_rows=num_decode_rows,
             first_row=first_row,
-            tail_slots=tail_slots,
+            swa_page_table=swa_page_table,
             check=check,
         )
-    num_rows = seq_lens.shape[0] - num_decode_rows
-    if branch_kv is not None and num_rows:
+    if swa_page_table is not None and num_tokens > num_decode_rows:
         # After compression: a window of this step may have read what is overwritten here.
-        _tail_kernel[(num_rows * kv_heads, triton.cdiv(spec.cmp_len, block_l))](
+        assert cache.k_tail is not None
+        num_tiles = triton.cdiv(num_tokens - num_decode_rows, block_t)
+        _tail_kernel[(num_tiles * kv_heads, 2)](
             raw_k,
             raw_v,
-            (raw_k.stride(0), raw_k.stride(1)),
-            (raw_v.stride(0), raw_v.stride(1)),
+            _strides(raw_k),
+            _strides(raw_v),
             cache.k_tail,
             cache.v_tail,
+            token_rows,
+            positions,
             seq_lens,
-            cu_seqlens_q,
-            tail_slots,
+            swa_page_table,
             num_decode_rows,
-            0 if old_k is None else old_k.shape[0],
-            BLOCK_T=block_l,
+            num_tokens,
+            cache.k_tail.shape[0],
+            swa_page_table.stride(0),
             **sizes,
         )
 

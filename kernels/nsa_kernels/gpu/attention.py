@@ -4,6 +4,8 @@ T tokens of the step, Nd of them decode rows in front, HQ query heads, H KV head
 dimensions of keys and of values, S selected blocks.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ from nsa_kernels.gpu.append import append_kv
 from nsa_kernels.gpu.common import WORKSPACE_BYTES
 from nsa_kernels.gpu.decode_cmp import CmpPartials, decode_cmp
 from nsa_kernels.gpu.decode_slc import decode_slc
-from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, has_fp8
-from nsa_kernels.gpu.prefill_cmp import prefill_cmp
+from nsa_kernels.gpu.lse import decode_lse, file_coarse_keys
+from nsa_kernels.gpu.plan import GpuPlan, PrefillPlan, ScoreChunk, has_fp8
+from nsa_kernels.gpu.prefill_cmp import CmpScores, prefill_cmp
 from nsa_kernels.gpu.prefill_merge import combine
 from nsa_kernels.gpu.prefill_scores import prefill_scores
 from nsa_kernels.gpu.prefill_short import prefill_short
@@ -64,6 +67,15 @@ def nsa_attention(
     first_appended = num_decode_rows if fused else 0
     if first_appended < q.shape[0]:
         _append(k, v, cache, plan, spec, compression, branch_kv, first_appended)
+        if plan.prefill is not None and branches.slc and spec.lse_len:
+            file_coarse_keys(
+                cache,
+                plan.prefill.lse_window_rows,
+                plan.prefill.lse_window_ends,
+                plan.page_table,
+                spec,
+                check=plan.check_bounds,
+            )
     if num_decode_rows:
         rows = slice(0, num_decode_rows)
         _decode(
@@ -115,7 +127,6 @@ def _append(
         mlps=compression,
         branch_kv=branch_kv,
         swa_page_table=plan.swa_page_table,
-        tail_slots=plan.tail_slots,
         check=plan.check_bounds,
     )
 
@@ -142,6 +153,21 @@ def _decode(
     launch_pdl = plan.use_pdl and shape_rows * k.shape[1] <= MAX_PDL_GROUPS
     start_last = plan.use_pdl and (branches.slc or launch_pdl)
     partials: CmpPartials | None = None
+    lse2_select: Tensor | None = None
+    if branches.slc and spec.lse_len:
+        lse2_select = decode_lse(
+            q,
+            k,
+            cache,
+            plan.seq_lens,
+            plan.page_table,
+            spec,
+            softmax_scale=softmax_scale,
+            num_sms=plan.num_sms,
+            shape=plan.decode_shape,
+            launch_pdl=launch_pdl,
+            check=plan.check_bounds,
+        )
     if branches.cmp or branches.slc:
         partials = decode_cmp(
             q,
@@ -157,7 +183,7 @@ def _decode(
             shape=plan.decode_shape,
             branch_kv=branch_kv,
             swa_page_table=plan.swa_page_table,
-            tail_slots=plan.tail_slots,
+            lse2_select=lse2_select,
             with_output=branches.cmp,
             with_selection=branches.slc,
             fuse_append=fuse_append,
@@ -295,7 +321,7 @@ def _prefill_cmp(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compression branch of all prefill tokens: (o_cmp [T, HQ, Dv], block_indices), None if unused.
 
-    block_indices: [tokens, H, S] int32 of the tokens from `first_token` on. The scores of a
+    block_indices: [tokens, H, width] int32 of the tokens from `first_token` on. The scores of a
     sub-chunk are used up before the next one writes its own.
     """
     branches, first = plan.branches, prefill.first_token
@@ -304,53 +330,79 @@ def _prefill_cmp(
         o_cmp = torch.empty_like(out)
     if branches.slc:
         block_indices = torch.empty(
-            (len(q) - first, cache.k.shape[1], spec.num_selected_blocks),
+            (len(q) - first, cache.k.shape[1], spec.block_table_width),
             dtype=torch.int32,
             device=q.device,
         )
     if not (branches.cmp or branches.slc):
         return None, None
-    # Without selection there are no scores to make room for, but the cut does no harm.
-    for chunk in prefill.score_chunks:
-        tiles = (
+
+    def run(
+        cache: LayerCache, chunk: ScoreChunk, spec: NSASpec, *, output: bool, scores: bool
+    ) -> CmpScores:
+        return prefill_cmp(
+            q,
+            cache,
             prefill.tile_rows[chunk.tiles],
             prefill.tile_starts[chunk.tiles],
             plan.cu_seqlens_q,
             plan.seq_lens,
             plan.page_table,
             spec,
-        )
-        attended = prefill_cmp(
-            q,
-            cache,
-            *tiles,
             softmax_scale=softmax_scale,
             first_token=chunk.first_token,
             num_tokens=chunk.num_tokens,
             num_score_tiles=chunk.num_score_tiles,
-            with_output=branches.cmp,
-            with_scores=branches.slc and not prefill.score_pass,
+            with_output=output,
+            with_scores=scores,
             out=o_cmp,
             check=plan.check_bounds,
         )
-        if block_indices is None:
+
+    for chunk in prefill.score_chunks:
+        tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+        selects = block_indices is not None and not chunk.is_dense
+        if block_indices is not None and chunk.is_dense:
+            blocks = block_indices[tokens.start - first : tokens.stop - first]
+            _select_all(plan.positions[tokens], spec, blocks)
+        if not (selects or branches.cmp):
             continue
-        stop = chunk.first_token + chunk.num_tokens
-        positions = plan.positions[chunk.first_token : stop]
-        mine = block_indices[chunk.first_token - first : stop - first]
+        with_scores = selects and not prefill.score_pass
+        attended = run(cache, chunk, spec, output=branches.cmp, scores=with_scores)
+        if block_indices is None or not selects:
+            continue
+        mine = block_indices[tokens.start - first : tokens.stop - first]
+        if cache.k_lse is not None:
+            coarse = replace(cache, k_cmp=cache.k_lse, v_cmp=cache.k_lse)
+            lse2 = run(coarse, chunk, spec.coarse, output=False, scores=False).lse2
+            attended = replace(attended, lse2=lse2)
         if prefill.score_pass:
             scores = prefill_scores(
                 q,
                 cache,
                 attended.lse2,
-                *tiles,
+                prefill.tile_rows[chunk.tiles],
+                prefill.tile_starts[chunk.tiles],
+                plan.cu_seqlens_q,
+                plan.seq_lens,
+                plan.page_table,
+                spec,
                 softmax_scale=softmax_scale,
                 first_token=chunk.first_token,
                 num_tokens=chunk.num_tokens,
                 num_score_tiles=chunk.num_score_tiles,
                 check=plan.check_bounds,
             )
-            select_group_blocks(scores, positions, spec, out=mine)
+            select_group_blocks(scores, plan.positions[tokens], spec, out=mine)
         else:
-            select_blocks(attended, positions, spec, num_kv_heads=cache.k.shape[1], out=mine)
+            select_blocks(
+                attended, plan.positions[tokens], spec, num_kv_heads=cache.k.shape[1], out=mine
+            )
     return o_cmp, block_indices
+
+
+def _select_all(positions: Tensor, spec: NSASpec, block_indices: Tensor) -> None:
+    """List every block that dense queries at positions [R] see: [R, H, width], -1 for no more."""
+    block = torch.arange(block_indices.shape[2], dtype=torch.int32, device=positions.device)
+    last = (positions // spec.block_size)[:, None]
+    block_indices.copy_(torch.where(block <= last, block, -1)[:, None])

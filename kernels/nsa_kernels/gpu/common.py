@@ -17,6 +17,9 @@ PREFILL_ROWS = 128
 # sub-chunks of tokens that stay under it; one tile of tokens is the least.
 WORKSPACE_BYTES = 512 << 20
 
+# Most blocks that a query lists: with more, lists cost more than they save.
+MAX_TABLE_WIDTH = 1024
+
 
 @triton.jit
 def to_fp8(x, scale):
@@ -33,6 +36,14 @@ def block_h(group_size: int) -> int:
 def prefill_block_q(group_size: int) -> int:
     """Tokens of one prefill tile, so that tokens x padded heads fill PREFILL_ROWS."""
     return max(1, PREFILL_ROWS // block_h(group_size))
+
+
+def split_dim(dim: int) -> tuple[int, int]:
+    """Cover `dim` with one power of two, or with two when that wastes less: 192 = 128 + 64."""
+    whole = max(16, triton.next_power_of_2(dim))
+    low = whole // 2
+    high = max(16, triton.next_power_of_2(dim - low)) if dim > low else low
+    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
 def score_tile_entries(entries_per_page: int) -> int:
@@ -77,8 +88,16 @@ def check_geometry(spec: NSASpec) -> None:
             )
     if spec.block_size > 128:
         raise ValueError(f"block_size must be at most 128 on a GPU, got {spec.block_size}")
-    for name in ("dense_len", "lse_len"):
-        if getattr(spec, name):
-            raise ValueError(
-                f"{name} {getattr(spec, name)} has no kernels for a GPU yet; use device cpu"
-            )
+    if spec.lse_stride & (spec.lse_stride - 1) or spec.lse_len > 16 * spec.lse_stride:
+        raise ValueError(
+            "lse_stride must be a power of two, and lse_len at most 16 of them, on a GPU, got "
+            f"lse_stride {spec.lse_stride} and lse_len {spec.lse_len}; "
+            "use device cpu for this model"
+        )
+    if spec.block_table_width > MAX_TABLE_WIDTH:
+        raise ValueError(
+            f"a query may select at most {MAX_TABLE_WIDTH} blocks on a GPU, got "
+            f"{spec.block_table_width} with num_selected_blocks {spec.num_selected_blocks} and "
+            f"dense_len {spec.dense_len}; attention that is dense at any length is a window "
+            "branch whose window_size is the longest context"
+        )

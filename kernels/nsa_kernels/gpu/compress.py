@@ -3,10 +3,10 @@
 B rows, W windows of prefill chunks, H KV heads, E compressed entries a page, D width of a tensor.
 A candidate is a decode row, whose window closes or not, or one of the W windows, which do. The
 tokens of a window that belong to this step are read from the step's own tensor, older ones from the
-pages (or from the tail, where compression has keys and values of its own), so that nothing has to
-be written before. Of an FP8 cache an entry is a function of what the pages hold: the step's own
-tokens are rounded as they are stored before they are compressed, so that entries do not depend on
-how a prompt was cut into chunks.
+pages (or from the tails of window pages, where compression has keys and values of its own), so that
+nothing has to be written before. Of an FP8 cache an entry is a function of what the pages hold: the
+step's own tokens are rounded as they are stored before they are compressed, so that entries do not
+depend on how a prompt was cut into chunks.
 """
 
 import torch
@@ -57,9 +57,8 @@ def locate_window(
     num_old,
     seq_lens_ptr,
     cu_seqlens_ptr,
-    page_table_ptr,
+    old_table_ptr,
     stride_table,
-    tail_slots_ptr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -69,24 +68,21 @@ def locate_window(
 ):
     """Return where the tokens of a window are: see `token_pointers`.
 
-    num_old: pages, or with SEPARATE slots of the tail, that old tokens are read from.
+    old_table_ptr: table of the num_old pages that older tokens are read from; with SEPARATE those
+    are window pages, and it is their tails that are read.
     """
     row = row.to(tl.int64)
     row_stop = tl.load(cu_seqlens_ptr + row + 1, mask=valid, other=0)
     row_start = tl.load(cu_seqlens_ptr + row, mask=valid, other=0)
     seq_len = tl.load(seq_lens_ptr + row, mask=valid, other=0)
     first = end - CMP_LEN
-    if SEPARATE:
-        older = tl.load(tail_slots_ptr + row, mask=valid, other=0).to(tl.int64)
-        newer = older
-    else:
-        # l <= block_size: a window lies in two pages at most.
-        table = page_table_ptr + row * stride_table
-        older = tl.load(table + first // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
-        newer = tl.load(table + (end - 1) // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+    # l <= block_size: a window lies in two pages at most.
+    table = old_table_ptr + row * stride_table
+    older = tl.load(table + first // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
+    newer = tl.load(table + (end - 1) // PAGE_SIZE, mask=valid, other=0).to(tl.int64)
     if CHECK:
-        tl.device_assert((older >= 0) & (older < num_old) | (valid == 0), "page or slot")
-        tl.device_assert((newer >= 0) & (newer < num_old) | (valid == 0), "page or slot")
+        tl.device_assert((older >= 0) & (older < num_old) | (valid == 0), "page")
+        tl.device_assert((newer >= 0) & (newer < num_old) | (valid == 0), "page")
     held: tl.constexpr = CMP_LEN if SEPARATE else PAGE_SIZE
     older = (older * KV_HEADS + head) * (held * DIM)
     newer = (newer * KV_HEADS + head) * (held * DIM)
@@ -113,11 +109,9 @@ def token_pointers(
 ):
     """Point at the vector of the token at `position` of a window that `locate_window` located."""
     token = position + token_shift
-    if SEPARATE:
-        slot = older + (position % CMP_LEN) * DIM
-    else:
-        page = tl.where(position // PAGE_SIZE == first // PAGE_SIZE, older, newer)
-        slot = page + (position % PAGE_SIZE) * DIM
+    page = tl.where(position // PAGE_SIZE == first // PAGE_SIZE, older, newer)
+    held: tl.constexpr = CMP_LEN if SEPARATE else PAGE_SIZE
+    slot = page + (position % held) * DIM
     new = x_ptr + token.to(tl.int64) * stride_t + head * stride_h
     return tl.where(token >= row_start, new, old_ptr + slot)
 
@@ -203,8 +197,8 @@ def _hidden_tile(
     x_ptr, old_ptr, _, hidden_ptr, scale_ptr = tensors
     stride_t, stride_h = strides
     pos_ptr, w1_ptr, _, _, _ = mlp
-    seq_lens, cu_seqlens, page_table, tail_slots, window_rows, window_ends = plan
-    num_candidates, first_row, num_decode_rows, num_old, _, stride_table = counts
+    seq_lens, cu_seqlens, page_table, swa_table, window_rows, window_ends = plan
+    num_candidates, first_row, num_decode_rows = counts[0], counts[1], counts[2]
     num_rows = num_candidates * KV_HEADS
 
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -215,9 +209,13 @@ def _hidden_tile(
     )  # fmt: skip
     # Decode rows seldom close a window: most tiles of a decode step have nothing to do.
     if tl.max(closes.to(tl.int32), axis=0) > 0:
+        if SEPARATE:
+            old_table, num_old, stride_old = swa_table, counts[4], counts[6]
+        else:
+            old_table, num_old, stride_old = page_table, counts[3], counts[5]
         first, token_shift, row_start, older, newer = locate_window(
-            row, end, head, closes, num_old, seq_lens, cu_seqlens, page_table, stride_table,
-            tail_slots, KV_HEADS, DIM, PAGE_SIZE, CMP_LEN, SEPARATE, CHECK,
+            row, end, head, closes, num_old, seq_lens, cu_seqlens, old_table, stride_old, KV_HEADS,
+            DIM, PAGE_SIZE, CMP_LEN, SEPARATE, CHECK,
         )  # fmt: skip
         offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
         in_n = offs_n < HIDDEN
@@ -279,7 +277,7 @@ def _entry_tile(
     _, _, entries_ptr, hidden_ptr, scale_ptr = tensors
     _, _, b1_ptr, w2_ptr, b2_ptr = mlp
     seq_lens, _, page_table, _, window_rows, window_ends = plan
-    num_candidates, first_row, num_decode_rows, _, num_pages, stride_table = counts
+    num_candidates, first_row, num_decode_rows, num_pages, _, stride_table, _ = counts
     dtype = w2_ptr.dtype.element_ty
     num_rows = num_candidates * KV_HEADS
 
@@ -329,9 +327,10 @@ def _entry_tile(
         "num_candidates",
         "first_row",
         "num_decode_rows",
-        "num_old",
         "num_pages",
+        "num_old",
         "stride_table",
+        "stride_swa",
     ]
 )
 def _hidden_kernel(
@@ -345,9 +344,10 @@ def _hidden_kernel(
     num_candidates,
     first_row,
     num_decode_rows,
-    num_old,
     num_pages,
+    num_old,
     stride_table,
+    stride_swa,
     K_HIDDEN: tl.constexpr,
     V_HIDDEN: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -369,9 +369,10 @@ def _hidden_kernel(
         num_candidates,
         first_row,
         num_decode_rows,
-        num_old,
         num_pages,
+        num_old,
         stride_table,
+        stride_swa,
     )
     pid = tl.program_id(0)
     split = tl.program_id(1)
@@ -395,9 +396,10 @@ def _hidden_kernel(
         "num_candidates",
         "first_row",
         "num_decode_rows",
-        "num_old",
         "num_pages",
+        "num_old",
         "stride_table",
+        "stride_swa",
     ]
 )
 def _entry_kernel(
@@ -409,9 +411,10 @@ def _entry_kernel(
     num_candidates,
     first_row,
     num_decode_rows,
-    num_old,
     num_pages,
+    num_old,
     stride_table,
+    stride_swa,
     K_HIDDEN: tl.constexpr,
     V_HIDDEN: tl.constexpr,
     K_DIM: tl.constexpr,
@@ -431,9 +434,10 @@ def _entry_kernel(
         num_candidates,
         first_row,
         num_decode_rows,
-        num_old,
         num_pages,
+        num_old,
         stride_table,
+        stride_swa,
     )
     pid = tl.program_id(0)
     if tl.program_id(1) == 0:
@@ -462,7 +466,7 @@ def compress_mlp(
     window_ends: Tensor | None,
     num_decode_rows: int,
     first_row: int = 0,
-    tail_slots: Tensor | None = None,
+    swa_page_table: Tensor | None = None,
     check: bool = False,
     block_m: int | None = None,
     block_n: int | None = None,
@@ -472,8 +476,8 @@ def compress_mlp(
 ) -> None:
     """File phi = w2 silu(w1 flatten(window + pos) + b1) + b2 of every window that closes (Eq. 7).
 
-    k [T, H, D], v [T, H, Dv]: the step's tokens that are compressed; with `tail_slots` [B] int32
-    older ones come from cache.k_tail and cache.v_tail, else from the pages.
+    k [T, H, D], v [T, H, Dv]: the step's tokens that are compressed; with `swa_page_table` [B, P]
+    int32 older ones come from cache.k_tail and cache.v_tail, else from the pages.
     seq_lens [B], cu_seqlens_q [B + 1], page_table [B, P], all int32. window_rows, window_ends
     int32 [W]: row of each window that closes in a prefill chunk, and the count of tokens at its
     end, None without chunks. Decode rows [first_row, num_decode_rows) find out themselves whether
@@ -489,10 +493,10 @@ def compress_mlp(
     num_rows = num_candidates * kv_heads
     if num_rows == 0:
         return
-    separate = tail_slots is not None
+    separate = swa_page_table is not None
     old_k, old_v = (cache.k_tail, cache.v_tail) if separate else (cache.k, cache.v)
     if old_k is None or old_v is None:
-        raise ValueError("tail_slots needs a cache with k_tail and v_tail")
+        raise ValueError("swa_page_table needs a cache with k_tail and v_tail")
     exact = k.dtype == torch.float32
     if block_m is None:
         large = 32 if exact else 64 if num_rows <= 4096 else 128
@@ -518,7 +522,7 @@ def compress_mlp(
         seq_lens,
         cu_seqlens_q,
         page_table,
-        tail_slots,
+        swa_page_table,
         # Never read when there are none.
         seq_lens if window_rows is None else window_rows,
         seq_lens if window_ends is None else window_ends,
@@ -527,9 +531,10 @@ def compress_mlp(
         num_candidates,
         first_row,
         num_decode_rows,
-        old_k.shape[0],
         cache.k.shape[0],
+        old_k.shape[0],
         page_table.stride(0),
+        0 if swa_page_table is None else swa_page_table.stride(0),
     )
     geometry = {
         "K_HIDDEN": hidden_sizes[0],

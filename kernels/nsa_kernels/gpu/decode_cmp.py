@@ -44,8 +44,9 @@ class CmpPartials:
     o_part: [Nd, HQ, splits, Dv] fp32, normalised within the split; None without output.
     lse2_part: [Nd, HQ, splits] fp32, log2 of the split's sum of exp2(s2), where
         s2 = (q k_cmp) * softmax_scale * log2(e); -inf for an empty split, whose o_part is void.
-    block_indices: [Nd, H, S] int32, in no particular order (the same in every run), filled up with
-        -1. block_pages: [Nd, H, S] int32, their pages, 0 for -1. Both None without selection.
+    block_indices: [Nd, H, width] int32, in no particular order (the same in every run), filled up
+        with -1; width is `block_table_width`, S where no row is dense. block_pages: the same, their
+        pages, 0 for -1. Both None without selection.
     scratch: what selection reads and writes on the way. Kept, so that a kernel that begins before
         selection has ended is not given the same memory.
     """
@@ -79,7 +80,7 @@ def decode_cmp(
     shape: tuple[int, int] | None = None,
     branch_kv: BranchKV | None = None,
     swa_page_table: Tensor | None = None,
-    tail_slots: Tensor | None = None,
+    lse2_select: Tensor | None = None,
     with_output: bool = True,
     with_selection: bool = True,
     fuse_append: bool = True,
@@ -99,13 +100,15 @@ def decode_cmp(
     any where that is FP8.
     seq_lens: [B] int32, tokens with this step's; 0 for a padding row, which touches no cache and
     selects nothing. page_table: [B, P] int32. The decode rows are the first of B.
-    branch_kv, swa_page_table [B, P], tail_slots [B] int32: where branches have K/V of their own.
+    branch_kv, swa_page_table [B, P] int32: where branches have K/V of their own.
+    lse2_select: [Nd, HQ, any] fp32, what scores are relative to instead of this kernel's own
+    lse2_part: that of the coarse windows (`decode_lse`).
     with_output, with_selection: whether the branch's output and the selection are wanted.
     fuse_append: append, and compress with the mean; False if that has been done.
     counters: [Nd * H] int32 zeros, and zeros afterwards.
     shape: rows and pages to be cut for, at least Nd and P; None = those. Not the result, but what
     is compiled depends on it.
-    check: assert on the device that page ids and tail slots are inside the cache.
+    check: assert on the device that page ids are inside the cache.
     Tuning: tile_entries, compressed entries of a loop step, a power of two and at least 2 * E;
     heads_per_step, heads whose scores the selection loads together.
     launch_pdl: start while the kernel in front ends. start_next: let the one after these do so,
@@ -119,10 +122,10 @@ def decode_cmp(
     num_pages, num_kv_heads, entries, v_head_dim = cache.v_cmp.shape
     group_size = num_q_heads // num_kv_heads
     is_separate = cache.k_swa is not None
-    if is_separate and fuse_append and None in (branch_kv, swa_page_table, tail_slots):
+    if is_separate and fuse_append and (branch_kv is None or swa_page_table is None):
         raise ValueError(
-            "a cache with K/V of its own for every branch needs branch_kv, swa_page_table and "
-            "tail_slots to append to"
+            "a cache with K/V of its own for every branch needs branch_kv and swa_page_table to "
+            "append to"
         )
     is_fp32 = q.dtype == torch.float32
     if tile_entries is None:
@@ -155,7 +158,7 @@ def decode_cmp(
         units = q.new_empty((*tiles, tile_units), dtype=torch.float32)
         tile_max = q.new_empty(tiles, dtype=torch.float32)
         spill = q.new_empty(tiles, dtype=torch.float32) if has_spill else None
-        indices = q.new_empty((num_rows, num_kv_heads, spec.num_selected_blocks), dtype=torch.int32)
+        indices = q.new_empty((num_rows, num_kv_heads, spec.block_table_width), dtype=torch.int32)
         pages = torch.empty_like(indices)
     partials = CmpPartials(o_part, lse2_part, indices, pages)
     # Few rows leave multiprocessors to spare: then more and smaller chunks.
@@ -188,7 +191,6 @@ def decode_cmp(
         seq_lens,
         page_table,
         swa_page_table,
-        tail_slots,
         o_part,
         lse2_part,
         units,
@@ -198,7 +200,6 @@ def decode_cmp(
         num_tiles,
         num_pages,
         cache.k_swa.shape[0] if cache.k_swa is not None else 0,
-        cache.k_tail.shape[0] if cache.k_tail is not None else 0,
         q.stride(0),
         q.stride(1),
         k.stride(0),
@@ -228,6 +229,7 @@ def decode_cmp(
         BLOCK_D=block_d,
         BLOCK_DV=block_dv,
         BLOCK_U=max(16, triton.next_power_of_2(tile_units + has_spill)),
+        NUM_UNSCORED=0 if with_output else max(spec.dense_len - 1, 0),
         SEPARATE=is_separate,
         FUSE_APPEND=fuse_append,
         WITH_OUTPUT=with_output,
@@ -248,7 +250,7 @@ def decode_cmp(
             units,
             spill,
             tile_max,
-            lse2_part,
+            lse2_part if lse2_select is None else lse2_select,
             seq_lens,
             page_table,
             indices,
@@ -268,7 +270,7 @@ def decode_cmp(
             launch_pdl=launch_pdl or start_next,
             start_next=start_next,
         )
-        partials = replace(partials, scratch=(units, spill, tile_max, candidates))
+        partials = replace(partials, scratch=(units, spill, tile_max, candidates, lse2_select))
     return partials
 
 
@@ -310,7 +312,6 @@ def _window_mean(
     cache_ptr,
     scale_ptr,
     pages_ptr,
-    tail_slot,
     position,
     kv_head,
     num_kv_heads,
@@ -318,11 +319,12 @@ def _window_mean(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    HELD: tl.constexpr,
     CMP_LEN: tl.constexpr,
-    SEPARATE: tl.constexpr,
 ):
     """Store the mean of the CMP_LEN rows that end with `position`, whose own row is at new_ptr.
 
+    cache_ptr: a page of it has HELD rows, of the last tokens of the page at pages_ptr.
     In FP8 the mean of what is stored of them, all in units of the head's one scale.
     """
     ROWS: tl.constexpr = 16
@@ -335,11 +337,8 @@ def _window_mean(
         offs = first + tl.arange(0, ROWS)
         mask = offs < CMP_LEN - 1
         token = position - (CMP_LEN - 1) + offs
-        if SEPARATE:
-            row = (tail_slot * num_kv_heads + kv_head) * CMP_LEN + token % CMP_LEN
-        else:
-            page = tl.load(pages_ptr + token // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
-            row = (page * num_kv_heads + kv_head) * BLOCK_SIZE + token % BLOCK_SIZE
+        page = tl.load(pages_ptr + token // BLOCK_SIZE, mask=mask, other=0).to(tl.int64)
+        row = (page * num_kv_heads + kv_head) * HELD + token % HELD
         x = tl.load(
             cache_ptr + row[:, None] * DIM + offs_d[None, :],
             mask=mask[:, None] & mask_d[None, :],
@@ -356,7 +355,6 @@ def _window_mean(
         "num_tiles",
         "num_pages",
         "num_swa_pages",
-        "num_tail_slots",
         "stride_pb",
         "stride_spb",
     ]
@@ -382,7 +380,6 @@ def _decode_cmp_kernel(
     seq_lens_ptr,
     page_table_ptr,
     swa_page_table_ptr,
-    tail_slots_ptr,
     o_part_ptr,
     lse2_part_ptr,
     units_ptr,
@@ -392,7 +389,6 @@ def _decode_cmp_kernel(
     num_tiles,
     num_pages,
     num_swa_pages,
-    num_tail_slots,
     stride_qt,
     stride_qh,
     stride_kt,
@@ -422,6 +418,7 @@ def _decode_cmp_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_U: tl.constexpr,
+    NUM_UNSCORED: tl.constexpr,
     SEPARATE: tl.constexpr,
     FUSE_APPEND: tl.constexpr,
     WITH_OUTPUT: tl.constexpr,
@@ -433,6 +430,8 @@ def _decode_cmp_kernel(
 ):
     TILE_E: tl.constexpr = TILE_BLOCKS * ENTRIES
     CMP_LEN: tl.constexpr = WINDOW_STRIDES * CMP_STRIDE
+    # Tokens of a page that older tokens of a window are read from.
+    HELD: tl.constexpr = CMP_LEN if SEPARATE else BLOCK_SIZE
     TILE_UNITS: tl.constexpr = TILE_E if MAX_POOL else TILE_BLOCKS
     # One entry a block: its probability is the unit.
     MAP_BLOCKS: tl.constexpr = WITH_SCORES and ENTRIES > 1 and not MAX_POOL
@@ -456,6 +455,9 @@ def _decode_cmp_kernel(
     position = seq_len - 1
     num_visible = seq_len // CMP_STRIDE
     row_tiles = tl.where(num_visible >= WINDOW_STRIDES, tl.cdiv(num_visible, TILE_E), 0)
+    if NUM_UNSCORED > 0:
+        # A dense row needs no scores.
+        row_tiles = tl.where(seq_len > NUM_UNSCORED, row_tiles, 0)
     tiles_per_split = tl.cdiv(row_tiles, num_splits)
     first_tile = split * tiles_per_split
     end_tile = tl.minimum(first_tile + tiles_per_split, row_tiles)
@@ -474,18 +476,13 @@ def _decode_cmp_kernel(
                 k_row, v_row, k_cache_ptr, v_cache_ptr, k_scale_ptr, v_scale_ptr, slot,
                 HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
             )  # fmt: skip
-            k_old_ptr, v_old_ptr, tail_slot = k_cache_ptr, v_cache_ptr, page
+            k_old_ptr, v_old_ptr, old_pages_ptr = k_cache_ptr, v_cache_ptr, row_pages_ptr
             if SEPARATE:
-                swa_page = tl.load(
-                    swa_page_table_ptr + batch * stride_spb + position // BLOCK_SIZE
-                ).to(tl.int64)
-                tail_slot = tl.load(tail_slots_ptr + batch).to(tl.int64)
+                old_pages_ptr = swa_page_table_ptr + batch * stride_spb
+                swa_page = tl.load(old_pages_ptr + position // BLOCK_SIZE).to(tl.int64)
                 if CHECK:
                     tl.device_assert(
                         (swa_page >= 0) & (swa_page < num_swa_pages), "page id outside the cache"
-                    )
-                    tl.device_assert(
-                        (tail_slot >= 0) & (tail_slot < num_tail_slots), "no such tail slot"
                     )
                 slot = (swa_page * num_kv_heads + kv_head) * BLOCK_SIZE + position % BLOCK_SIZE
                 _append_token(
@@ -496,7 +493,7 @@ def _decode_cmp_kernel(
                 )  # fmt: skip
                 k_row = k_raw_ptr + batch * stride_krt + kv_head * stride_krh
                 v_row = v_raw_ptr + batch * stride_vrt + kv_head * stride_vrh
-                slot = (tail_slot * num_kv_heads + kv_head) * CMP_LEN + position % CMP_LEN
+                slot = (swa_page * num_kv_heads + kv_head) * CMP_LEN + position % CMP_LEN
                 _append_token(
                     k_row, v_row, k_tail_ptr, v_tail_ptr, None, None, slot,
                     HEAD_DIM, V_HEAD_DIM, BLOCK_D, BLOCK_DV,
@@ -506,14 +503,12 @@ def _decode_cmp_kernel(
                 # A window closes. Its entry lies in the page of its last token.
                 entry = (page * num_kv_heads + kv_head) * ENTRIES + (num_visible - 1) % ENTRIES
                 _window_mean(
-                    k_row, k_old_ptr, k_scale_ptr, row_pages_ptr, tail_slot, position, kv_head,
-                    num_kv_heads, k_cmp_ptr + entry * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE,
-                    CMP_LEN, SEPARATE,
+                    k_row, k_old_ptr, k_scale_ptr, old_pages_ptr, position, kv_head, num_kv_heads,
+                    k_cmp_ptr + entry * HEAD_DIM, HEAD_DIM, BLOCK_D, BLOCK_SIZE, HELD, CMP_LEN,
                 )  # fmt: skip
                 _window_mean(
-                    v_row, v_old_ptr, v_scale_ptr, row_pages_ptr, tail_slot, position, kv_head,
-                    num_kv_heads, v_cmp_ptr + entry * V_HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_SIZE,
-                    CMP_LEN, SEPARATE,
+                    v_row, v_old_ptr, v_scale_ptr, old_pages_ptr, position, kv_head, num_kv_heads,
+                    v_cmp_ptr + entry * V_HEAD_DIM, V_HEAD_DIM, BLOCK_DV, BLOCK_SIZE, HELD, CMP_LEN,
                 )  # fmt: skip
                 # This program reads the entry below, with other threads.
                 tl.debug_barrier()

@@ -58,15 +58,16 @@ def decode_select(
     """Select the blocks of decode rows: a program per chunk of blocks, the last one merges.
 
     lse2_part: [Nd, HQ, splits] fp32. seq_lens: [B], page_table: [B, P] int32; written before the
-    kernel in front began. block_indices, block_pages: [Nd, H, S] int32, written. counters: [Nd * H]
-    int32 zeros, and zeros afterwards. constants: of `select_constants`, as units were written.
-    shape_rows: rows to be cut for, None = Nd. launch_pdl: start while the kernel in front ends;
-    start_next: let the next one do so.
+    kernel in front began. block_indices, block_pages: [Nd, H, width] int32, written. counters:
+    [Nd * H] int32 zeros, and zeros afterwards. constants: of `select_constants`, as units were
+    written. shape_rows: rows to be cut for, None = Nd. launch_pdl: start while the kernel in front
+    ends; start_next: let the next one do so.
     Tuning: num_warps; early_bytes, up to which size units are read before the row's length is.
 
     Returns the kernel's own workspace, if it has one: to be kept while it may run.
     """
-    num_rows, num_kv_heads, num_selected = block_indices.shape
+    num_rows, num_kv_heads, _ = block_indices.shape
+    num_selected = int(constants["NUM_SELECTED"])
     num_splits, num_chunks = lse2_part.shape[2], int(constants["MAX_CHUNKS"])
     num_free = num_selected - int(constants["NUM_INIT"]) - int(constants["NUM_LOCAL"])
     num_picks = num_selected // 2 if constants["LEGACY"] else num_free
@@ -345,6 +346,9 @@ def _decode_select_kernel(
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DENSE_LEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     NUM_PICKS: tl.constexpr,
     SLOTS: tl.constexpr,
     NUM_INIT: tl.constexpr,
@@ -375,8 +379,8 @@ def _decode_select_kernel(
     # Not before: the next kernel may read what the one in front has written.
     if START_NEXT:
         tl.extra.cuda.gdc_launch_dependents()
-    indices_ptr += row * NUM_SELECTED
-    pages_ptr += row * NUM_SELECTED
+    indices_ptr += row * WIDTH
+    pages_ptr += row * WIDTH
     page_table_ptr += batch * stride_pb
     tiles = row * GROUP_SIZE * num_tiles
     units_ptr += tiles * TILE_UNITS
@@ -397,12 +401,13 @@ def _decode_select_kernel(
             chunk * TILES, end_tile, num_tiles, num_visible,
             GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, ENTRIES, WINDOW_STRIDES, BLOCK_SPLITS,
         )  # fmt: skip
-    if num_blocks <= NUM_SELECTED:
-        offs = tl.arange(0, BLOCK_S)
-        block = tl.where(offs < num_blocks, offs, -1)
-        page = _load_page(page_table_ptr, block, offs < num_blocks, num_pages, CHECK)
-        tl.store(indices_ptr + offs, block, mask=offs < NUM_SELECTED)
-        tl.store(pages_ptr + offs, page, mask=offs < NUM_SELECTED)
+    if (num_blocks <= NUM_SELECTED) | (position + 1 < DENSE_LEN):
+        if chunk == 0:
+            offs = tl.arange(0, BLOCK_W)
+            block = tl.where(offs < num_blocks, offs, -1)
+            page = _load_page(page_table_ptr, block, offs < num_blocks, num_pages, CHECK)
+            tl.store(indices_ptr + offs, block, mask=offs < WIDTH)
+            tl.store(pages_ptr + offs, page, mask=offs < WIDTH)
         return
     keys, block = block_keys(scores, chunk, num_blocks, NUM_INIT, NUM_LOCAL, LEGACY)
     values = tl.reshape(_pack(keys, block), [NUM_KEYS])
@@ -433,3 +438,8 @@ def _decode_select_kernel(
         values, num_blocks, indices_ptr, pages_ptr, page_table_ptr, num_pages,
         NUM_SELECTED, BLOCK_S, NUM_PICKS, SLOTS, NUM_INIT, NUM_LOCAL, LEGACY, CHECK,
     )  # fmt: skip
+    if WIDTH > NUM_SELECTED:
+        rest = tl.arange(0, BLOCK_W)
+        is_rest = (rest >= NUM_SELECTED) & (rest < WIDTH)
+        tl.store(indices_ptr + rest, -1, mask=is_rest)
+        tl.store(pages_ptr + rest, 0, mask=is_rest)

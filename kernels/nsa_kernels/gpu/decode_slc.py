@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E
+from nsa_kernels.gpu.common import LOG2E, split_dim
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_ops import Gates
@@ -42,6 +42,8 @@ _MAX_CMP_PROGRAMS = 2
 _SHORT_CMP_SPLITS = 16
 # Registers of a thread with which three programs of 128 threads share a multiprocessor.
 _REGISTERS = 168
+# Tiles of a share of the window up to which the program holds all their pages in registers.
+MAX_HELD_PAGES = tl.constexpr(32)
 # Running maximum before anything was seen: lower than any score, and finite, so that the difference
 # to a masked score of -inf is not NaN.
 NEVER = tl.constexpr(-1e30)
@@ -82,7 +84,7 @@ def default_config(
     """Choose from shapes alone, so that a captured graph stays right as contexts grow."""
     is_fp32 = dtype == torch.float32
     block_n = 32 if is_fp32 else 64
-    slc_tiles = triton.cdiv(spec.num_selected_blocks * spec.block_size, block_n)
+    slc_tiles = triton.cdiv(spec.block_table_width * spec.block_size, block_n)
     swa_tiles = triton.cdiv(_window_pages(spec) * spec.block_size, block_n)
     num_groups = max(num_rows * num_kv_heads, 1)
     head_tile = min(int(triton.next_power_of_2(num_q_heads // num_kv_heads)), 32)
@@ -93,7 +95,7 @@ def default_config(
         head_tile = 8
     num_groups *= triton.cdiv(num_q_heads // num_kv_heads, head_tile)
 
-    small = head_tile <= 16 and max(head_dim, v_head_dim) <= 128 and not is_fp32
+    small = head_tile <= 16 and head_dim <= 192 and v_head_dim <= 128 and not is_fp32
     # Two programs a multiprocessor; three, where registers allow, if a row's work would else be cut
     # in the two kinds only: the selected blocks are nearly twice the window.
     programs = 2 * num_sms // num_groups
@@ -176,9 +178,9 @@ def decode_slc(
     seq_lens: [Nd or more] int32 with this step's token, which is in the cache already; 0 = padding.
     page_table: [Nd or more, P] int32; swa_page_table: the same for the window's own pages, needed
     when `cache` has keys of their own for the window.
-    block_indices: [Nd, H, S] int32, distinct blocks in any order, the row's local ones among them
-    (all, where there are no more than S), -1 for "none"; block_pages: their pages, anything for
-    "none". Needed when `branches.slc`.
+    block_indices: [Nd, H, width] int32, distinct blocks in any order, the row's local ones among
+    them (all, where there are no more than S), -1 for "none"; block_pages: their pages, anything
+    for "none". Needed when `branches.slc`. width: `spec.block_table_width`.
     o_part: [Nd, HQ, C, Dv] fp32, outputs of the compression branch, each normalised over its share
     of the context; lse2_part: [Nd, HQ, C] fp32, -inf for an empty share, whose output may be
     unwritten. Needed when `branches.cmp`.
@@ -197,7 +199,7 @@ def decode_slc(
     num_pages, num_kv_heads, block_size, _ = cache.k.shape
     v_head_dim = cache.v.shape[3]
     group_size = num_q_heads // num_kv_heads
-    num_selected = spec.num_selected_blocks
+    width = spec.block_table_width
     with_slc, with_swa = branches.slc, branches.swa and spec.window_size > 0
     check_shape("cache.k", cache.k, (num_pages, num_kv_heads, spec.block_size, head_dim))
     if isinstance(gates, Tensor):
@@ -205,8 +207,8 @@ def decode_slc(
     if with_slc:
         if block_indices is None or block_pages is None:
             raise ValueError("block_indices and block_pages are needed when branches.slc is on")
-        check_shape("block_indices", block_indices, (num_rows, num_kv_heads, num_selected))
-        check_shape("block_pages", block_pages, (num_rows, num_kv_heads, num_selected))
+        check_shape("block_indices", block_indices, (num_rows, num_kv_heads, width))
+        check_shape("block_pages", block_pages, (num_rows, num_kv_heads, width))
     num_cmp_splits = 0
     if branches.cmp:
         if o_part is None or lse2_part is None:
@@ -246,8 +248,9 @@ def decode_slc(
             f"counters must hold {num_rows * num_kv_heads * head_tiles} values, "
             f"got {counters.numel()}"
         )
+    low_d, high_d = split_dim(head_dim)
     block_n = config.block_n
-    slc_tiles = triton.cdiv(num_selected * block_size, block_n)
+    slc_tiles = triton.cdiv(width * block_size, block_n)
     swa_tiles = triton.cdiv(_window_pages(spec) * block_size, block_n)
     slc_splits = min(config.slc_splits, slc_tiles) if with_slc else 0
     swa_splits = min(config.swa_splits, swa_tiles) if with_swa else 0
@@ -300,10 +303,12 @@ def decode_slc(
         HEAD_TILE=head_tile,
         HEAD_DIM=head_dim,
         V_HEAD_DIM=v_head_dim,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=low_d,
+        BLOCK_D2=high_d,
         BLOCK_DV=max(16, triton.next_power_of_2(v_head_dim)),
         BLOCK_SIZE=block_size,
-        NUM_SELECTED=num_selected,
+        NUM_SELECTED=spec.num_selected_blocks,
+        WIDTH=width,
         NUM_LOCAL=spec.num_local_blocks,
         WINDOW_SIZE=spec.window_size,
         WITH_CMP=branches.cmp,
@@ -354,7 +359,7 @@ def _decode_slc_kernel(
     v_swa_ptr,
     seq_lens_ptr,
     window_table_ptr,
-    block_indices_ptr,  # [Nd, H, S]
+    block_indices_ptr,  # [Nd, H, WIDTH]
     block_pages_ptr,
     cmp_o_ptr,  # [Nd, HQ, CMP_SPLITS, Dv]
     cmp_lse_ptr,
@@ -379,9 +384,11 @@ def _decode_slc_kernel(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    WIDTH: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     WITH_CMP: tl.constexpr,
@@ -428,8 +435,8 @@ def _decode_slc_kernel(
     offs_m = tl.arange(0, ROWS)
     mask_m = (offs_m < HEAD_TILE) & (head_start + offs_m < GROUP_SIZE)
     q_ptrs = q_ptr + row * stride_qt + (kv_head * GROUP_SIZE + head_start) * stride_qh
-    q_ptrs += offs_m[:, None] * stride_qh + tl.arange(0, BLOCK_D)[None, :]
-    selected = (row * NUM_KV_HEADS + kv_head) * NUM_SELECTED
+    q_ptrs += offs_m * stride_qh
+    selected = (row * NUM_KV_HEADS + kv_head) * WIDTH
     if role < CMP_PROGRAMS:
         if WITH_CMP and CMP_PROGRAMS > 0:
             CMP_HEADS: tl.constexpr = HEAD_TILE // CMP_PROGRAMS
@@ -468,9 +475,11 @@ def _decode_slc_kernel(
                 HEAD_DIM,
                 V_HEAD_DIM,
                 BLOCK_D,
+                BLOCK_D2,
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
+                WIDTH,
                 NUM_LOCAL,
                 WINDOW_SIZE,
                 SHARED,
@@ -502,6 +511,7 @@ def _decode_slc_kernel(
                 HEAD_DIM,
                 V_HEAD_DIM,
                 BLOCK_D,
+                BLOCK_D2,
                 BLOCK_DV,
                 BLOCK_SIZE,
                 NUM_SELECTED,
@@ -627,9 +637,11 @@ def _attend_selected(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
+    WIDTH: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     WINDOW_SIZE: tl.constexpr,
     SHARED: tl.constexpr,
@@ -645,23 +657,23 @@ def _attend_selected(
     local_block = _local_block(seq_len, WINDOW_SIZE, BLOCK_SIZE, NUM_SELECTED, NUM_LOCAL)
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
-    exists = first_item + offs_i < NUM_SELECTED
+    exists = first_item + offs_i < WIDTH
     if WAIT:
         # As late as possible: what does not depend on the selection is then on its way.
-        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+        q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
         tl.extra.cuda.gdc_wait()
     blocks = tl.load(blocks_ptr + first_item + offs_i, mask=exists, other=-1)
     pages = tl.load(pages_ptr + first_item + offs_i, mask=exists, other=0)
     if not WAIT:
-        q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+        q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
     for i in range(tl.where(seq_len > 0, NUM_TILES, 0)):
         item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
         if BLOCK_N <= BLOCK_SIZE:
             block = _pick(blocks, offs_i, item - first_item)
             page = _pick(pages, offs_i, item - first_item)
         else:
-            block = tl.load(blocks_ptr + item, mask=item < NUM_SELECTED, other=-1)
-            page = tl.load(pages_ptr + item, mask=item < NUM_SELECTED, other=0)
+            block = tl.load(blocks_ptr + item, mask=item < WIDTH, other=-1)
+            page = tl.load(pages_ptr + item, mask=item < WIDTH, other=0)
         wanted = block >= 0
         if SHARED:
             wanted = wanted & (block < local_block)
@@ -669,7 +681,7 @@ def _attend_selected(
         if CHECK:
             in_range = (page >= 0) & (page < num_pages)
             tl.device_assert(in_range | (block < 0), "block_pages out of range")
-        k, v = _load_kv(
+        k, k2, v = _load_kv(
             k_ptr,
             v_ptr,
             kv_head,
@@ -680,12 +692,13 @@ def _attend_selected(
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
+            BLOCK_D2,
             BLOCK_DV,
             BLOCK_SIZE,
             BLOCK_N,
         )
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        s = _scores(q, k, qk_scale)
+        v = v.to(q.dtype)
+        s = _scores(q, q2, k, k2, qk_scale, BLOCK_D2)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
     slots = (first_head + tl.arange(0, ROWS)) * NUM_SLOTS + share
     _store_partial(o_ptr, lse_ptr, slots, mask_m, m_i, l_i, acc, V_HEAD_DIM, BLOCK_DV)
@@ -714,6 +727,7 @@ def _attend_window(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -727,6 +741,9 @@ def _attend_window(
 
     The scores are the same for both, the masks are not: a running softmax each.
     """
+    # A window that most contexts do not fill (attention that is dense at any length, say): shares
+    # are cut from what is there of it, and pages looked up one by one.
+    LONG: tl.constexpr = NUM_TILES > MAX_HELD_PAGES
     ROWS: tl.constexpr = q_ptrs.shape[0]
     m_i = tl.full([ROWS], NEVER, tl.float32)
     l_i = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -737,16 +754,20 @@ def _attend_window(
     num_blocks = (seq_len + BLOCK_SIZE - 1) // BLOCK_SIZE
     first_item = share * NUM_TILES * BLOCK_N // BLOCK_SIZE
     offs_i = _share_items(NUM_TILES, BLOCK_N, BLOCK_SIZE)
-    share_blocks = first_block + first_item + offs_i
-    pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
+    if not LONG:
+        share_blocks = first_block + first_item + offs_i
+        pages = tl.load(table_ptr + share_blocks, mask=share_blocks < num_blocks, other=0)
     if SHARED:
         m_slc, l_slc, acc_slc = m_i, l_i, acc
-    q = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D)
+    q, q2 = _load_q(q_ptrs, mask_m, HEAD_DIM, BLOCK_D, BLOCK_D2)
     used_tiles = ((num_blocks - first_block) * BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    for i in range(tl.minimum(used_tiles - share * NUM_TILES, NUM_TILES)):
-        item, offs = _split_tokens((share * NUM_TILES + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
+    num_tiles = NUM_TILES
+    if LONG:
+        num_tiles = (used_tiles + NUM_SLOTS - SLC_SLOTS - 1) // (NUM_SLOTS - SLC_SLOTS)
+    for i in range(tl.minimum(used_tiles - share * num_tiles, num_tiles)):
+        item, offs = _split_tokens((share * num_tiles + i) * BLOCK_N, BLOCK_SIZE, BLOCK_N)
         block = first_block + item
-        if BLOCK_N <= BLOCK_SIZE:
+        if BLOCK_N <= BLOCK_SIZE and not LONG:
             page = _pick(pages, offs_i, item - first_item)
         else:
             page = tl.load(table_ptr + block, mask=block < num_blocks, other=0)
@@ -754,7 +775,7 @@ def _attend_window(
         visible = (token >= window_start) & (token < seq_len)
         if CHECK:
             tl.device_assert((page >= 0) & (page < num_pages), "window page out of range")
-        k, v = _load_kv(
+        k, k2, v = _load_kv(
             k_ptr,
             v_ptr,
             kv_head,
@@ -765,12 +786,13 @@ def _attend_window(
             HEAD_DIM,
             V_HEAD_DIM,
             BLOCK_D,
+            BLOCK_D2,
             BLOCK_DV,
             BLOCK_SIZE,
             BLOCK_N,
         )
-        k, v = k.to(q.dtype), v.to(q.dtype)
-        s = _scores(q, k, qk_scale)
+        v = v.to(q.dtype)
+        s = _scores(q, q2, k, k2, qk_scale, BLOCK_D2)
         m_i, l_i, acc = _attend(s, v, visible, m_i, l_i, acc)
         if SHARED:
             chosen = visible & (block >= local_block)
@@ -810,10 +832,26 @@ def _local_block(
 
 
 @triton.jit
-def _load_q(q_ptrs, mask_m, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load the queries, 0 outside. After the page ids: whoever needs q first waits for it."""
-    mask_d = tl.arange(0, BLOCK_D) < HEAD_DIM
-    return tl.load(q_ptrs, mask=mask_m[:, None] & mask_d[None, :], other=0.0)
+def _load_q(
+    q_ptrs,
+    mask_m,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
+):
+    """Load the queries in two parts, 0 outside; the second is the first where BLOCK_D2 is 0.
+
+    After the page ids: whoever needs q first waits for it.
+    """
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = mask_m[:, None] & (offs_d < HEAD_DIM)[None, :]
+    q = tl.load(q_ptrs[:, None] + offs_d[None, :], mask=mask, other=0.0)
+    q2 = q
+    if BLOCK_D2 > 0:
+        offs_d2 = BLOCK_D + tl.arange(0, BLOCK_D2)
+        mask = mask_m[:, None] & (offs_d2 < HEAD_DIM)[None, :]
+        q2 = tl.load(q_ptrs[:, None] + offs_d2[None, :], mask=mask, other=0.0)
+    return q, q2
 
 
 @triton.jit
@@ -858,34 +896,47 @@ def _load_kv(
     HEAD_DIM: tl.constexpr,
     V_HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_D2: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Load a tile's keys [BLOCK_N, BLOCK_D] and values [BLOCK_N, BLOCK_DV], 0 where not visible."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_dv = tl.arange(0, BLOCK_DV)
+    """Load a tile's keys [BLOCK_N, BLOCK_D] and [BLOCK_N, BLOCK_D2], and values [.., BLOCK_DV].
+
+    0 where not visible. The second part of the keys is the first where BLOCK_D2 is 0.
+    """
     start = (page.to(tl.int64) * NUM_KV_HEADS + kv_head) * BLOCK_SIZE
     if BLOCK_N <= BLOCK_SIZE:
-        k_ptrs = k_ptr + start * HEAD_DIM + offs[:, None] * HEAD_DIM + offs_d[None, :]
-        v_ptrs = v_ptr + start * V_HEAD_DIM + offs[:, None] * V_HEAD_DIM + offs_dv[None, :]
+        k_rows = k_ptr + start * HEAD_DIM + offs * HEAD_DIM
+        v_rows = v_ptr + start * V_HEAD_DIM + offs * V_HEAD_DIM
     else:
-        k_ptrs = k_ptr + (start + offs)[:, None] * HEAD_DIM + offs_d[None, :]
-        v_ptrs = v_ptr + (start + offs)[:, None] * V_HEAD_DIM + offs_dv[None, :]
-    mask_k = visible[:, None]
-    mask_v = visible[:, None]
-    # A mask along the row would keep the compiler from 16-byte copies of an even one.
-    if BLOCK_D != HEAD_DIM:
-        mask_k = mask_k & (offs_d[None, :] < HEAD_DIM)
-    if BLOCK_DV != V_HEAD_DIM:
-        mask_v = mask_v & (offs_dv[None, :] < V_HEAD_DIM)
-    return tl.load(k_ptrs, mask=mask_k, other=0.0), tl.load(v_ptrs, mask=mask_v, other=0.0)
+        k_rows = k_ptr + (start + offs) * HEAD_DIM
+        v_rows = v_ptr + (start + offs) * V_HEAD_DIM
+    k = _load_tile(k_rows, visible, 0, BLOCK_D, HEAD_DIM)
+    k2 = k
+    if BLOCK_D2 > 0:
+        k2 = _load_tile(k_rows, visible, BLOCK_D, BLOCK_D2, HEAD_DIM)
+    return k, k2, _load_tile(v_rows, visible, 0, BLOCK_DV, V_HEAD_DIM)
 
 
 @triton.jit
-def _scores(q, k, qk_scale):
+def _load_tile(rows, visible, FIRST: tl.constexpr, BLOCK: tl.constexpr, DIM: tl.constexpr):
+    """Load BLOCK columns from FIRST on, at row pointers [N]; 0 where not visible or past DIM."""
+    offs = FIRST + tl.arange(0, BLOCK)
+    mask = visible[:, None]
+    # A mask along the row would keep the compiler from 16-byte copies of an even one.
+    if FIRST + BLOCK > DIM:
+        mask = mask & (offs < DIM)[None, :]
+    return tl.load(rows[:, None] + offs[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _scores(q, q2, k, k2, qk_scale, BLOCK_D2: tl.constexpr):
     """Score a tile's keys in base 2: [M, BLOCK_N]."""
-    return tl.dot(q, tl.trans(k), input_precision="ieee") * qk_scale
+    s = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    if BLOCK_D2 > 0:
+        s = tl.dot(q2, tl.trans(k2.to(q.dtype)), s, input_precision="ieee")
+    return s * qk_scale
 
 
 @triton.jit

@@ -11,17 +11,20 @@ Legend: M rows of x, K inputs, N outputs (2I rows of W for swiglu: [gate; up]), 
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_kernels.gpu.linear_tile import _finish_tile, _load_rotary, _tile_rows
-
-if TYPE_CHECKING:
-    from nsa_kernels.gpu.linear import Rotary
+from nsa_kernels.gpu.linear_tile import (
+    Rotary,
+    _finish_tile,
+    _load_rotary,
+    _tile_rows,
+    count_tiles,
+    tile_arguments,
+)
 
 # Rows of x that one compiled kernel takes, padded: a warp group's instructions need 16.
 GEMM_ROW_CLASSES = (16, 32, 64)
@@ -36,10 +39,11 @@ MAX_SPLIT_TILES = 4096
 
 @dataclass(frozen=True, slots=True)
 class GemmConfig:
-    """Tile of the kernel: BLOCK_N rows of W, 64 or a multiple, block_k columns a step.
+    """Tile of the kernel: BLOCK_N rows of W, block_k columns a step.
 
-    splits: programs that share the columns of a tile. early: load the first weights before waiting
-    for the kernel in front.
+    Warp-group instructions need 4 warps and 64 rows, or multiples; a tile of fewer gets those of a
+    warp. splits: programs that share the columns of a tile. fold_norm: compute the norm inside, not
+    in a kernel before.
     """
 
     block_n: int
@@ -47,7 +51,7 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     splits: int = 1
-    early: bool = False
+    fold_norm: bool = False
 
 
 def can_gemm(num_rows: int, dtype: torch.dtype) -> bool:
@@ -65,9 +69,9 @@ def gemm_config(num_rows: int, num_out: int, num_in: int) -> GemmConfig | None:
         return None
     is_wide, is_head = num_out >= _WIDE_OUTPUTS, num_out >= _HEAD_OUTPUTS
     if num_rows <= 8:
-        is_faster = is_wide and not is_head
+        is_faster = is_wide and not is_head and num_in >= 4096
     elif num_rows <= 16:
-        is_faster = num_out > num_in
+        is_faster = is_wide or (num_out > num_in and num_in >= 4096)
     else:
         is_faster = is_wide or num_in >= 4096
     if not is_faster:
@@ -82,9 +86,10 @@ def launch_gemm(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
+    norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
     swiglu: bool,
-    rotary: "Rotary | None",
+    rotary: Rotary | None,
     out: Tensor,
     *,
     config: GemmConfig,
@@ -100,16 +105,8 @@ def launch_gemm(
             f"x must be bf16 or fp16 of at most {GEMM_ROW_CLASSES[-1]} rows, got {x.dtype} of "
             f"{x.shape[0]}"
         )
-    num_out, num_in = weight.shape
-    block_n, half_n = config.block_n, config.block_n // 2
-    num_tiles = triton.cdiv(num_out, block_n)
-    half_dim, num_heads = 0, 0
-    if rotary is not None:
-        half_dim, num_heads = rotary.head_dim // 2, rotary.num_heads
-        rest = num_out - num_heads * rotary.head_dim
-        num_tiles = num_heads * triton.cdiv(half_dim, half_n) + triton.cdiv(rest, block_n)
-    elif swiglu:
-        num_tiles = triton.cdiv(out.shape[1], half_n)
+    num_in, block_n = weight.shape[1], config.block_n
+    num_tiles = count_tiles(weight.shape[0], block_n, swiglu=swiglu, rotary=rotary)
     block_m = next(size for size in GEMM_ROW_CLASSES if size >= x.shape[0])
     # As few splits as take no more steps each: none is empty.
     num_steps = triton.cdiv(num_in, config.block_k)
@@ -118,35 +115,25 @@ def launch_gemm(
     if splits > 1:
         if num_tiles > MAX_SPLIT_TILES:
             raise ValueError(f"{num_tiles} tiles are too many to split: {MAX_SPLIT_TILES} at most")
-        shape = (splits, num_tiles, block_n, block_m)
+        # With the norm inside, one row more: sums of squares.
+        shape = (splits, num_tiles, block_n + (norm is not None), block_m)
         partials = torch.empty(shape, dtype=torch.float32, device=x.device)
         counters = _make_counters(x.device)
     options = {"launch_pdl": True} if launch_pdl else {}
     _gemm_kernel[(num_tiles, splits)](
         x,
         weight,
+        None if norm is None else norm[0],
+        0.0 if norm is None else norm[1],
         x.stride(0),
         partials,
         counters,
-        bias,
-        residual,
-        None if rotary is None else rotary.cos_table,
-        None if rotary is None else rotary.sin_table,
-        None if rotary is None else rotary.positions,
-        out,
-        0 if residual is None else residual.stride(0),
-        0 if rotary is None else rotary.cos_table.stride(0),
-        x.shape[0],
-        num_out,
-        num_heads,
+        **tile_arguments(weight, bias, residual, swiglu, rotary, out),
         K=num_in,
-        HALF_DIM=half_dim,
-        SWIGLU=swiglu,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=config.block_k,
         SPLITS=splits,
-        EARLY=config.early,
         PDL=launch_pdl,
         STAGES=config.num_stages,
         num_warps=config.num_warps,
@@ -174,8 +161,10 @@ def _kept_counters(device: torch.device) -> Tensor:
 def _gemm_kernel(
     x_ptr,
     weight_ptr,
+    norm_ptr,
+    eps,
     stride_x,
-    partials_ptr,  # [SPLITS, tiles, BLOCK_N, BLOCK_M], None without splits
+    partials_ptr,  # [SPLITS, tiles, BLOCK_N (+ 1 with norm), BLOCK_M], None without splits
     counters_ptr,  # [tiles or more], zeros
     bias_ptr,
     residual_ptr,
@@ -195,7 +184,6 @@ def _gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -215,28 +203,32 @@ def _gemm_kernel(
     end_step = first_step + SPLIT_STEPS
     if STEPS % SPLITS != 0:
         end_step = tl.minimum(end_step, STEPS)
-    if EARLY:
-        # Weights are nobody's output.
-        w = _load_step(w_ptrs, first_step, offs_k, K, BLOCK_K)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    if EARLY:
-        x = _load_step(x_ptrs, first_step, offs_k, K, BLOCK_K)
-        acc = tl.dot(w, tl.trans(x), acc)
-        first_step += 1
+    squares = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
     for step in tl.range(first_step, end_step, num_stages=STAGES):
         w = _load_step(w_ptrs, step, offs_k, K, BLOCK_K)
         x = _load_step(x_ptrs, step, offs_k, K, BLOCK_K)
+        if norm_ptr is not None:
+            norm = _load_step((norm_ptr + offs_k)[None, :], step, offs_k, K, BLOCK_K)
+            x32 = x.to(tl.float32)
+            squares += x32 * x32
+            x = (x32 * norm.to(tl.float32)).to(x_ptr.dtype.element_ty)
         acc = tl.dot(w, tl.trans(x), acc)
+    sums = tl.sum(squares, axis=1)
 
     is_last = True
     if SPLITS > 1:
+        TILE: tl.constexpr = (BLOCK_N if norm_ptr is None else BLOCK_N + 1) * BLOCK_M
+        stride = tl.num_programs(0).to(tl.int64) * TILE
+        sum_ptrs = partials_ptr + tile.to(tl.int64) * TILE + BLOCK_N * BLOCK_M + offs_m
         offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + offs_m[None, :]
-        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
-        tile_ptrs = partials_ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_M) + offs
+        tile_ptrs = partials_ptr + tile.to(tl.int64) * TILE + offs
         tl.store(tile_ptrs + split * stride, acc)
+        if norm_ptr is not None:
+            tl.store(sum_ptrs + split * stride, sums)
         # The barrier orders every thread's stores before the one atomic that releases them.
         tl.debug_barrier()
         is_last = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
@@ -244,8 +236,13 @@ def _gemm_kernel(
         if SPLITS > 1:
             tl.store(counters_ptr + tile, 0)
             acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            sums = tl.zeros([BLOCK_M], tl.float32)
             for other in tl.static_range(SPLITS):
                 acc += tl.load(tile_ptrs + other * stride, cache_modifier=".cg")
+                if norm_ptr is not None:
+                    sums += tl.load(sum_ptrs + other * stride, cache_modifier=".cg")
+        if norm_ptr is not None:
+            acc *= tl.rsqrt(sums / K + eps)[None, :]
         cos, sin = 0.0, 0.0
         if HALF_DIM > 0:
             cos, sin = _load_rotary(

@@ -12,15 +12,13 @@ Legend: M rows of x, K inputs, N outputs (2I rows of W for swiglu: [gate; up]), 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from nsa_kernels.gpu.linear import Rotary
+from nsa_kernels.gpu.linear_tile import Rotary
 
 # Inputs that the lanes of a warp take at once, 16 bytes each.
 LANES_K = 256
@@ -54,14 +52,13 @@ def can_gemv(num_rows: int, num_out: int, num_in: int, dtype: torch.dtype) -> bo
 def gemv_config(num_rows: int, num_out: int, num_in: int) -> GemvConfig | None:
     """The tile for M rows and a [num_out, num_in] weight; None where matrix units are faster.
 
-    They are, on an H200, from two rows on, and where a row of W takes long enough to hide their
+    They are, on an H200, from two rows on, and where W has few rows, each long enough to hide their
     latency.
     """
-    if num_rows > 1 or num_in > 4096 or num_out > 32768 or num_in % (4 * LANES_K):
+    is_long = num_in > 4096 and num_out < 4096
+    if num_rows > 1 or is_long or num_out > 32768 or num_in % (4 * LANES_K):
         return None
-    # Where there are several waves of programs, or x comes from a kernel that reads as much, the
-    # first weights are better not asked for early.
-    return GemvConfig(pairs=1, unroll=4, num_warps=1, early=num_in < num_out <= 4096)
+    return GemvConfig(pairs=1 if num_out < 8192 else 2, unroll=4, num_warps=1, early=False)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_rotated"])
@@ -176,7 +173,7 @@ def launch_gemv(
     norm: tuple[Tensor, float] | None,
     residual: Tensor | None,
     swiglu: bool,
-    rotary: "Rotary | None",
+    rotary: Rotary | None,
     out: Tensor,
     *,
     config: GemvConfig,

@@ -1,6 +1,6 @@
 """Linear layers in 8 bits: y = x @ W^T of e4m3 numbers, with an fp32 scale for each row of both.
 
-Few rows run at the speed of reading W, in the manner of `linear.py`: a program owns BLOCK_N rows of
+Few rows run at the speed of reading W, in the manner of `skinny.py`: a program owns BLOCK_N rows of
 W and all of K, which its warps share. More rows are PyTorch's scaled product. Both multiply the
 same 8-bit numbers and add in fp32, so a token gets the same result up to the order of sums,
 whatever step it is in.
@@ -14,17 +14,20 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.linear import (
-    MAX_SKINNY_ROWS,
+from nsa_kernels.gpu.linear import MAX_SKINNY_ROWS
+from nsa_kernels.gpu.linear_tile import (
     Rotary,
-    _ask_for_l2,
-    row_class,
+    _finish_tile,
+    _load_rotary,
+    _tile_rows,
+    count_tiles,
+    tile_arguments,
 )
-from nsa_kernels.gpu.linear_tile import _finish_tile, _load_rotary, _tile_rows
 from nsa_kernels.gpu.plan import has_dependent_launch
 from nsa_kernels.gpu.pointwise import apply_rotary_
 from nsa_kernels.gpu.pointwise import swiglu as swiglu_rows
 from nsa_kernels.gpu.quantize import E4M3, quantize_rows
+from nsa_kernels.gpu.skinny import row_class
 
 # Sides of W are multiples of it: what the matrix instructions of 8 bits take.
 FP8_MULTIPLE = 16
@@ -126,35 +129,16 @@ def _launch(
     num_out, num_in = weight.shape
     block_m = row_class(len(x))
     block_n, slice_k, num_stages = _tile(block_m, num_out, num_in)
-    num_programs = triton.cdiv(num_out, block_n)
-    half_dim, num_heads = 0, 0
-    if rotary is not None:
-        half_dim, num_heads = rotary.head_dim // 2, rotary.num_heads
-        rest = num_out - num_heads * rotary.head_dim
-        num_programs = num_heads * triton.cdiv(half_dim, block_n // 2) + triton.cdiv(rest, block_n)
-    elif swiglu:
-        num_programs = triton.cdiv(num_out // 2, block_n // 2)
+    num_tiles = count_tiles(num_out, block_n, swiglu=swiglu, rotary=rotary)
     # Threads ask for 16 bytes, or a multiple, of a row each.
     unit = 16 * (32 * _NUM_WARPS // block_n)
     early = {"launch_pdl": True} if launch_pdl else {}
-    _linear_fp8_kernel[(num_programs,)](
+    _linear_fp8_kernel[(num_tiles,)](
         x,
         weight,
         *scales,
-        bias,
-        residual,
-        None if rotary is None else rotary.cos_table,
-        None if rotary is None else rotary.sin_table,
-        None if rotary is None else rotary.positions,
-        out,
-        0 if residual is None else residual.stride(0),
-        0 if rotary is None else rotary.cos_table.stride(0),
-        len(x),
-        num_out,
-        num_heads,
+        **tile_arguments(weight, bias, residual, swiglu, rotary, out),
         K=num_in,
-        HALF_DIM=half_dim,
-        SWIGLU=swiglu,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         SLICE_K=slice_k,
@@ -175,6 +159,19 @@ def _tile(block_m: int, num_out: int, num_in: int) -> tuple[int, int, int]:
     # Every program reads all of x, too: so wide tiles where there are many.
     block_n = 64 if num_out >= 64 * 132 else 32
     return block_n, 128 if block_m == 32 else 64, 3
+
+
+@triton.jit
+def _ask_for_l2(addresses, num_bytes):
+    """Start to copy num_bytes (a multiple of 16) at each address (a multiple of 16) to L2."""
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+        "=r,l,r",
+        [addresses, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_out", "num_heads"])

@@ -4,8 +4,68 @@ Legend: M rows of x, N outputs (2I rows of W for swiglu: [gate; up]), D = head_d
 where outputs are rotated, else 0.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """Rotate the first num_heads * head_dim outputs by tables [positions, D].
+
+    cos_table, sin_table: [max_positions, D], the sign of the rotation in the sine, as
+    `pointwise.apply_rotary_` has them. positions: [M] int32 or int64, on the device, each within
+    the tables. is_settled: the positions were written before the kernel in front of this one
+    began, and that kernel was itself launched when the one that wrote them had ended, as those of
+    a step's first kernel are for all its layers: they are then read without waiting.
+    """
+
+    cos_table: Tensor
+    sin_table: Tensor
+    positions: Tensor
+    num_heads: int
+    head_dim: int
+    is_settled: bool = False
+
+
+def count_tiles(num_weights: int, block_n: int, *, swiglu: bool, rotary: Rotary | None) -> int:
+    """Programs that own all rows of a [num_weights, K] matrix, as `_tile_rows` shares them out."""
+    if rotary is not None:
+        half_tiles = triton.cdiv(rotary.head_dim // 2, block_n // 2)
+        rest = num_weights - rotary.num_heads * rotary.head_dim
+        return int(rotary.num_heads * half_tiles + triton.cdiv(rest, block_n))
+    if swiglu:
+        return int(triton.cdiv(num_weights // 2, block_n // 2))
+    return int(triton.cdiv(num_weights, block_n))
+
+
+def tile_arguments(
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    swiglu: bool,
+    rotary: Rotary | None,
+    out: Tensor,
+) -> dict[str, Any]:
+    """What every kernel takes for `_tile_rows`, `_load_rotary` and `_finish_tile`, by name."""
+    return {
+        "bias_ptr": bias,
+        "residual_ptr": residual,
+        "cos_ptr": None if rotary is None else rotary.cos_table,
+        "sin_ptr": None if rotary is None else rotary.sin_table,
+        "positions_ptr": None if rotary is None else rotary.positions,
+        "out_ptr": out,
+        "stride_residual": 0 if residual is None else residual.stride(0),
+        "stride_table": 0 if rotary is None else rotary.cos_table.stride(0),
+        "num_rows": out.shape[0],
+        "num_out": weight.shape[0],
+        "num_heads": 0 if rotary is None else rotary.num_heads,
+        "HALF_DIM": 0 if rotary is None else rotary.head_dim // 2,
+        "SWIGLU": swiglu,
+    }
 
 
 @triton.jit

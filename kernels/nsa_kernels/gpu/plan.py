@@ -19,7 +19,7 @@ from nsa_kernels.gpu.common import (
     score_bytes_per_token,
     score_tile_entries,
 )
-from nsa_kernels.gpu.prefill_scores import prefers_score_pass
+from nsa_kernels.gpu.prefill_scores import can_score_pass, prefers_score_pass
 from nsa_kernels.gpu.prefill_short import short_context
 from nsa_kernels.metadata import AttnMetadata
 from nsa_kernels.spec import NSASpec
@@ -31,13 +31,15 @@ class ScoreChunk:
     """A run of prefill tiles whose block scores fit into the workspace together.
 
     tiles: of `PrefillPlan.tile_starts`. Their tokens are [first_token, first_token + num_tokens),
-    and the last of them sees `num_score_tiles` score tiles.
+    and the last of them sees `num_score_tiles` score tiles. is_dense: all of them select every
+    block that they see.
     """
 
     tiles: slice
     first_token: int
     num_tokens: int
     num_score_tiles: int
+    is_dense: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,7 @@ class PrefillPlan:
     tile_rows, tile_starts: [tiles] int32; tile i is the tokens tile_starts[i] and after, at most
     `prefill_block_q` of them, of row tile_rows[i].
     window_rows, window_ends: [W] int32, row of every window that closes, and the number of tokens
-    up to its end.
+    up to its end. lse_window_rows, lse_window_ends: the same of the coarse windows.
     cu_blocks: [B + 1] int32, prefix sums of the rows' block counts; num_blocks: their total.
     is_short: contexts are so short that attending to all of them with a mask is faster.
     score_pass: block scores are computed after compression attention (`prefill_scores`), not in it.
@@ -58,6 +60,8 @@ class PrefillPlan:
     tile_starts: Tensor
     window_rows: Tensor
     window_ends: Tensor
+    lse_window_rows: Tensor
+    lse_window_ends: Tensor
     cu_blocks: Tensor
     num_blocks: int
     score_chunks: list[ScoreChunk]
@@ -70,8 +74,8 @@ class GpuPlan:
     """One step for the Triton kernels; all tensors are int32 on the device.
 
     seq_lens: [B], tokens in the cache after the step, 0 for a padding row. page_table: [B, P].
-    cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P] and tail_slots: [B],
-    None where branches share keys and values.
+    cu_seqlens_q: [B + 1]. token_rows, positions: [T]. swa_page_table: [B, P], None where branches
+    share keys and values; an entry behind the row's windows is never read.
     counters: [2, Nd * HQ], zero between kernels: programs of a decode row count their arrivals.
     decode_shape: rows and pages that the decode kernels are cut for, at least Nd and P. What is
     compiled for them depends on these two and not on Nd and P.
@@ -87,7 +91,6 @@ class GpuPlan:
     token_rows: Tensor
     positions: Tensor
     swa_page_table: Tensor | None
-    tail_slots: Tensor | None
     counters: Tensor
     prefill: PrefillPlan | None
     num_sms: int
@@ -109,11 +112,14 @@ def plan_attention(
 ) -> GpuPlan:
     """Plan one step; see `ops.plan_attention`. One copy to the device, no synchronisation.
 
-    score_pass: how prefill scores blocks, see `PrefillPlan`; None: `prefers_score_pass`.
+    score_pass: how prefill scores blocks, see `PrefillPlan`; None: `prefers_score_pass`. Raises
+    ValueError where it is True for a dialect that it cannot score.
     """
     check_geometry(spec)
     if score_pass is None:
-        score_pass = prefers_score_pass(num_q_heads // num_kv_heads, spec)
+        score_pass = can_score_pass(spec) and prefers_score_pass(num_q_heads // num_kv_heads, spec)
+    elif score_pass and not can_score_pass(spec):
+        raise ValueError("score_pass has no dense_len and no lse_len: leave it out, or pass False")
     cu_seqlens = meta.cu_seqlens_q.numpy()
     num_rows, num_decode_rows = len(meta.seq_lens), meta.num_decode_rows
     token_rows = np.repeat(np.arange(num_rows, dtype=np.int32), np.diff(cu_seqlens))
@@ -127,14 +133,17 @@ def plan_attention(
     }
     if meta.branches is not None:
         host["swa_page_table"] = meta.branches.swa_page_table.numpy()
-        if meta.branches.tail_slots is None:
-            raise ValueError("GPU kernels want a tail for each row: pass tail_slots")
-        host["tail_slots"] = meta.branches.tail_slots.numpy()
     score_chunks: list[ScoreChunk] = []
+    is_dense = False
     if num_decode_rows < num_rows:
         tiles = _tiles(cu_seqlens, num_decode_rows, prefill_block_q(num_q_heads // num_kv_heads))
         host["tile_rows"], host["tile_starts"] = tiles
-        host |= _closing_windows(meta, token_rows, spec)
+        host["window_rows"], host["window_ends"] = _closing_windows(
+            meta, token_rows, spec.cmp_len, spec.cmp_stride
+        )
+        host["lse_window_rows"], host["lse_window_ends"] = _closing_windows(
+            meta, token_rows, spec.lse_len, spec.lse_stride
+        )
         num_blocks = -(-meta.seq_lens.numpy() // spec.block_size)
         host["cu_blocks"] = np.concatenate(([0], np.cumsum(num_blocks)))
         cost = (
@@ -143,6 +152,7 @@ def plan_attention(
             else score_bytes_per_token(num_q_heads, 1, dtype, spec)
         )
         score_chunks = _score_chunks(meta, tiles[1], cost, spec)
+        is_dense = all(chunk.is_dense for chunk in score_chunks)
     sent = _send(host, device)
     prefill = None
     if score_chunks:
@@ -152,10 +162,13 @@ def plan_attention(
             tile_starts=sent["tile_starts"],
             window_rows=sent["window_rows"],
             window_ends=sent["window_ends"],
+            lse_window_rows=sent["lse_window_rows"],
+            lse_window_ends=sent["lse_window_ends"],
             cu_blocks=sent["cu_blocks"],
             num_blocks=int(host["cu_blocks"][-1]),
             score_chunks=score_chunks,
-            is_short=float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
+            is_short=is_dense
+            or float(meta.positions[num_decode_rows:].double().mean()) < short_context(spec),
             score_pass=score_pass,
         )
     return GpuPlan(
@@ -168,7 +181,6 @@ def plan_attention(
         token_rows=sent["token_rows"],
         positions=sent["positions"],
         swa_page_table=sent.get("swa_page_table"),
-        tail_slots=sent.get("tail_slots"),
         counters=sent["counters"],
         prefill=prefill,
         num_sms=num_multiprocessors(device),
@@ -186,11 +198,13 @@ def plan_decode(
     *,
     num_q_heads: int,
     branches: Branches,
+    swa_page_table: Tensor | None = None,
 ) -> GpuPlan:
     """Plan a step of decode rows alone around tensors on the device, for capture in a CUDA graph.
 
     seq_lens, positions: [B] int32. page_table: [B, P] int32, rows may be strided. counters:
-    [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind.
+    [2, B * num_q_heads or more] int32 zeros; kernels leave zeros behind. swa_page_table: [B, P]
+    int32 likewise, where branches have keys and values of their own.
     """
     check_geometry(spec)
     num_rows, device = len(seq_lens), seq_lens.device
@@ -204,8 +218,7 @@ def plan_decode(
         cu_seqlens_q=index,
         token_rows=index[:num_rows],
         positions=positions,
-        swa_page_table=None,
-        tail_slots=None,
+        swa_page_table=swa_page_table,
         counters=counters[:, : num_rows * num_q_heads],
         prefill=None,
         num_sms=num_multiprocessors(device),
@@ -260,13 +273,16 @@ def _tiles(
 
 
 def _closing_windows(
-    meta: AttnMetadata, token_rows: npt.NDArray[np.integer], spec: NSASpec
-) -> dict[str, npt.NDArray[np.integer]]:
-    """Windows that the prefill tokens close; those of decode rows are found on the device."""
+    meta: AttnMetadata, token_rows: npt.NDArray[np.integer], length: int, stride: int
+) -> tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]:
+    """Rows and ends of the windows that the prefill tokens close, none where length is 0.
+
+    Those of decode rows are found on the device.
+    """
     first = meta.num_decode_rows
     ends = meta.positions.numpy()[first:] + 1
-    closes = (ends >= spec.cmp_len) & ((ends - spec.cmp_len) % spec.cmp_stride == 0)
-    return {"window_rows": token_rows[first:][closes], "window_ends": ends[closes]}
+    closes = (ends >= length) & (ends % max(stride, 1) == 0) & (length > 0)
+    return token_rows[first:][closes], ends[closes]
 
 
 def _score_chunks(
@@ -285,6 +301,7 @@ def _score_chunks(
     # Positions grow inside a tile, so its last token sees most.
     visible = (positions[ends - 1] + 1) // spec.cmp_stride
     score_tiles = np.maximum(-(-visible // tile_entries), 1)
+    is_dense = positions[ends - 1] + 1 < spec.dense_len
     chunks: list[ScoreChunk] = []
     first = 0
     while first < len(tile_starts):
@@ -292,11 +309,14 @@ def _score_chunks(
         while stop < len(tile_starts):
             most = max(most, int(score_tiles[stop]))
             tokens = int(ends[stop] - tile_starts[first])
-            if stop > first and cost * most * tokens > WORKSPACE_BYTES:
+            is_other = is_dense[stop] != is_dense[first]
+            if stop > first and (is_other or cost * most * tokens > WORKSPACE_BYTES):
                 break
             stop += 1
         used = int(score_tiles[first:stop].max())
         begin, end = int(tile_starts[first]), int(ends[stop - 1])
-        chunks.append(ScoreChunk(slice(first, stop), begin, end - begin, used))
+        chunks.append(
+            ScoreChunk(slice(first, stop), begin, end - begin, used, bool(is_dense[first]))
+        )
         first = stop
     return chunks

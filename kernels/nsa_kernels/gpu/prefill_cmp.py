@@ -26,6 +26,7 @@ from nsa_kernels.gpu.common import (
     prefill_block_q,
     score_tile_entries,
     score_unit_dtype,
+    split_dim,
 )
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
@@ -96,8 +97,8 @@ def prefill_cmp(
     `num_tokens` tokens: tile i is the tokens tile_starts[i] .. + prefill_block_q(G) - 1 of row
     tile_rows[i], cut at the row's end. cu_seqlens_q: [B + 1], seq_lens: [B], page_table: [B, P],
     all int32. num_score_tiles: at least ceil(visible entries of any token / TE).
-    with_output, with_scores: what is wanted beside lse2. out: [T, HQ, Dv], contiguous; o_cmp is
-    written into its rows [first_token, first_token + R) instead of into a new tensor.
+    with_output, with_scores: what is wanted beside lse2, if anything. out: [T, HQ, Dv], contiguous;
+    o_cmp is written into its rows [first_token, first_token + R) instead of into a new tensor.
     check: assert on the device that every page id is one of the cache's.
     Tuning: row_split, programs that share a tile of queries; num_warps and num_stages of one.
     16-bit inputs with scores take two programs of 4 warps and 2 stages where an SM holds two of
@@ -143,7 +144,7 @@ def prefill_cmp(
     if tile_starts.shape[0] == 0:
         return scores
 
-    low_d, high_d = _split_dim(head_dim)
+    low_d, high_d = split_dim(head_dim)
     block_dv = max(16, triton.next_power_of_2(v_head_dim))
     # Columns of the product that maps entries to blocks.
     block_u = max(16, tile_entries // entries_per_page) if maps_blocks else tile_entries
@@ -232,14 +233,6 @@ def _units_per_tile(spec: NSASpec) -> int:
     if spec.score_map == "max_pool":
         return tile_entries
     return tile_entries // spec.cmp_entries_per_page
-
-
-def _split_dim(dim: int) -> tuple[int, int]:
-    """Cover `dim` with one power of two, or with two when that wastes less: 192 = 128 + 64."""
-    whole = max(16, triton.next_power_of_2(dim))
-    low = whole // 2
-    high = max(16, triton.next_power_of_2(dim - low)) if dim > low else low
-    return (low, high) if low >= 16 and low + high < whole else (whole, 0)
 
 
 @triton.jit

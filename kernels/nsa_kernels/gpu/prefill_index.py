@@ -8,8 +8,8 @@ Only free choices are indexed. Forced blocks (the first `num_init_blocks`, and t
 `num_local_blocks` that end at the query's own) are known without an index and are whole runs of
 neighbouring queries; a free block lies wholly before its query's block, so it needs no causal mask.
 
-Legend: R tokens of the sub-chunk, H KV heads, S selected blocks, F = S - num_init_blocks -
-num_local_blocks free ones at most, NB blocks of all rows together.
+Legend: R tokens of the sub-chunk, H KV heads, S selected blocks of a query at most, F = S -
+num_init_blocks - num_local_blocks free ones at most, NB blocks of all rows together.
 """
 
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class BlockIndex:
 
 def num_free_blocks(spec: NSASpec) -> int:
     """F: how many blocks a query can choose beside the forced ones."""
-    return spec.num_selected_blocks - spec.num_init_blocks - spec.num_local_blocks
+    return spec.block_table_width - spec.num_init_blocks - spec.num_local_blocks
 
 
 def entry_base(num_partials: int) -> int:
@@ -182,7 +182,7 @@ def _free_choices(
     if CHECK:
         tl.device_assert(
             (number < NUM_FREE) | (is_free == 0),
-            "more free blocks than num_selected_blocks leaves room for",
+            "more free blocks than the width of the table leaves room for",
         )
     # A forced block that is missing would free a place that does not exist.
     is_free = is_free & (number < NUM_FREE)

@@ -24,8 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q, score_tile_entries
-from nsa_kernels.gpu.prefill_cmp import NARROW_LIMIT, _load_tile, _split_dim
+from nsa_kernels.gpu.common import (
+    LOG2E,
+    block_h,
+    prefill_block_q,
+    score_tile_entries,
+    split_dim,
+)
+from nsa_kernels.gpu.prefill_cmp import NARROW_LIMIT, _load_tile
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 
@@ -58,6 +64,15 @@ class ScoreTuning:
     num_warps: int = 8
     num_stages: int = 3
     max_registers: int | None = None
+
+
+def can_score_pass(spec: NSASpec) -> bool:
+    """Tell whether this pass and `select_group_blocks` have all that the dialect selects by.
+
+    They know no tables wider than the selection (`dense_len`), nor scores relative to other windows
+    (`lse_len`).
+    """
+    return not (spec.dense_len or spec.lse_len)
 
 
 def prefers_score_pass(group_size: int, spec: NSASpec) -> bool:
@@ -134,7 +149,7 @@ def prefill_scores(
     spill = q.new_empty(shape, dtype=torch.float32) if has_spill else None
     if tile_starts.shape[0] == 0:
         return GroupScores(units, spill)
-    low_d, high_d = _split_dim(head_dim)
+    low_d, high_d = split_dim(head_dim)
     _prefill_scores_kernel[(tile_starts.shape[0] * row_split * num_kv_heads,)](
         q,
         cache.k_cmp,

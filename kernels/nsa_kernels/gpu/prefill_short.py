@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q
+from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q, split_dim
 from nsa_kernels.gpu.prefill_merge import _gate
-from nsa_kernels.gpu.prefill_swa import SwaTuning, _load_pages, _split_dim
+from nsa_kernels.gpu.prefill_swa import SwaTuning, _load_pages
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 from nsa_kernels.torch_ops import Gates
@@ -28,6 +28,8 @@ WORD_BLOCKS = tl.constexpr(32)
 # keys it sees; they are equal at about so many keys, in the mean over queries, for each block. An
 # H200 had 1500 (32 heads of 64) and 2000 (64 heads of 128) for 16 blocks.
 SHORT_KEYS_PER_BLOCK = 96
+# Blocks of a query's list that are turned into bits at once.
+LIST_STEP = 32
 
 
 def short_context(spec: NSASpec) -> int:
@@ -129,7 +131,6 @@ def _prefill_short_kernel(
     choosers = start_token + tl.arange(0, BLOCK_Q) if BY_TOKEN else tokens
     chosen_row = (choosers - first_token).to(tl.int64) * KV_HEADS + kv_head
     chosen_ptrs = block_indices_ptr + chosen_row[:, None] * NUM_SELECTED + offs_s[None, :]
-    chosen_mask = (choosers < stop_token)[:, None] & (offs_s < NUM_SELECTED)[None, :]
     # With BY_TOKEN, a tile of keys in one block is masked row by row.
     MASK_ROWS: tl.constexpr = BY_TOKEN and PAGE_SIZE >= BLOCK_N
 
@@ -145,9 +146,14 @@ def _prefill_short_kernel(
         word_start = start // WORD_KEYS * WORD_KEYS
         if start == word_start:
             # Bit i: the query chose the i-th block from here. It chose none twice.
-            place = tl.load(chosen_ptrs, mask=chosen_mask, other=-1) - word_start // PAGE_SIZE
-            is_here = (place >= 0) & (place < WORD_BLOCKS)
-            bits = tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
+            bits = tl.zeros([choosers.shape[0]], tl.int32)
+            for first_s in tl.static_range(0, NUM_SELECTED, BLOCK_S):
+                is_listed = (choosers < stop_token)[:, None]
+                is_listed &= (first_s + offs_s < NUM_SELECTED)[None, :]
+                chosen_block = tl.load(chosen_ptrs + first_s, mask=is_listed, other=-1)
+                place = chosen_block - word_start // PAGE_SIZE
+                is_here = (place >= 0) & (place < WORD_BLOCKS)
+                bits += tl.sum(tl.where(is_here, 1 << tl.where(is_here, place, 0), 0), axis=1)
             if BY_TOKEN:
                 bits = tl.broadcast_to(bits[:, None], [BLOCK_Q, BLOCK_H])
                 bits = tl.reshape(bits, [BLOCK_Q * BLOCK_H])
@@ -259,7 +265,8 @@ def prefill_short(
     """Write out[t] = g_cmp * o_cmp[t] + g_slc * o_slc[t] + g_swa * o_swa[t] for the tiles' tokens.
 
     The same result as `prefill_slc`, and the same arguments as far as they are named alike:
-    block_indices: [R, H, S] int32 of the tokens from first_token on, -1 for none, no block twice.
+    block_indices: [R, H, width] int32 of the tokens from first_token on, -1 for none, no block
+    twice; width is `spec.block_table_width`.
     o_cmp, o_swa: contiguous [T, HQ, Dv], or None.
     tile_rows, tile_starts: int32 [num_tiles], row and first token of every tile of
     `prefill_block_q(G)` tokens. cu_seqlens_q int32 [B + 1], seq_lens int32 [B], page_table int32
@@ -270,7 +277,7 @@ def prefill_short(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_pages, num_kv_heads, page_size, v_head_dim = cache.v.shape
-    selected = spec.num_selected_blocks
+    selected = spec.block_table_width
     shape = (num_tokens, num_q_heads, v_head_dim)
     check_shape("block_indices", block_indices, (num_tokens - first_token, num_kv_heads, selected))
     for name, branch in (("o_cmp", o_cmp), ("o_swa", o_swa), ("out", out)):
@@ -278,7 +285,7 @@ def prefill_short(
             check_shape(name, branch, shape)
     group_size = num_q_heads // num_kv_heads
     tuning = tuning or default_tuning(head_dim, v_head_dim, q.dtype)
-    block_d, block_d2 = _split_dim(head_dim)
+    block_d, block_d2 = split_dim(head_dim)
     if tile_rows.shape[0] == 0:
         return
     g_cmp, g_slc, g_swa = (0.0, 0.0, 0.0) if isinstance(gates, Tensor) else gates
@@ -316,7 +323,7 @@ def prefill_short(
         GROUP_SIZE=group_size,
         KV_HEADS=num_kv_heads,
         NUM_SELECTED=selected,
-        BLOCK_S=triton.next_power_of_2(selected),
+        BLOCK_S=min(triton.next_power_of_2(selected), LIST_STEP),
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
         V_DIM=v_head_dim,

@@ -144,9 +144,7 @@ def prefill_slc(
     _, num_q_heads, head_dim = q.shape
     num_kv_heads, v_head_dim = cache.k.shape[1], cache.v.shape[3]
     group_size = num_q_heads // num_kv_heads
-    check_shape(
-        "block_indices", block_indices, (num_tokens, num_kv_heads, spec.num_selected_blocks)
-    )
+    check_shape("block_indices", block_indices, (num_tokens, num_kv_heads, spec.block_table_width))
     check_shape("out", out, (q.shape[0], num_q_heads, v_head_dim))
     check_shape("cache.k", cache.k, (cache.k.shape[0], num_kv_heads, spec.block_size, head_dim))
     if tuning is None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_kernels.checks import check_shape
-from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q
+from nsa_kernels.gpu.common import LOG2E, block_h, prefill_block_q, split_dim
 from nsa_kernels.metadata import LayerCache
 from nsa_kernels.spec import NSASpec
 
@@ -226,7 +226,7 @@ def prefill_swa(
         raise ValueError("window_size is 0: this model has no window branch")
     group_size = num_q_heads // num_kv_heads
     tuning = tuning or default_tuning(head_dim, v_head_dim, q.dtype)
-    block_d, block_d2 = _split_dim(head_dim)
+    block_d, block_d2 = split_dim(head_dim)
     if tile_rows.shape[0] == 0:
         return
     _prefill_swa_kernel[(tile_rows.shape[0], num_kv_heads)](
@@ -266,11 +266,3 @@ def prefill_swa(
         num_stages=tuning.num_stages,
         maxnreg=tuning.max_registers,
     )
-
-
-def _split_dim(dim: int) -> tuple[int, int]:
-    """Cover `dim` by one power of two, or by two where that pads less: 192 = 128 + 64."""
-    whole = max(16, 1 << (dim - 1).bit_length())
-    half = whole // 2
-    rest = max(16, 1 << max(dim - half - 1, 0).bit_length())
-    return (half, rest) if half >= 16 and dim > half and half + rest < whole else (whole, 0)

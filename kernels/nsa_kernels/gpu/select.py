@@ -71,6 +71,9 @@ def select_constants(
         "BLOCK_SIZE": spec.block_size,
         "NUM_SELECTED": spec.num_selected_blocks,
         "BLOCK_S": padded,
+        "DENSE_LEN": spec.dense_len,
+        "WIDTH": spec.block_table_width,
+        "BLOCK_W": triton.next_power_of_2(spec.block_table_width),
         "NUM_INIT": spec.num_init_blocks,
         "NUM_LOCAL": spec.num_local_blocks,
         "MAX_POOL": is_max_pool,
@@ -89,9 +92,10 @@ def select_blocks(
     heads_per_step: int = 4,
     num_warps: int = 1,
 ) -> Tensor:
-    """Select the blocks of R prefill tokens at `positions` [R] int32: -> [R, H, S] int32.
+    """Select the blocks of R prefill tokens at `positions` [R] int32: -> [R, H, width] int32.
 
-    A row lists its free blocks by score, then the forced ones; -1 where there are fewer than S.
+    width: `spec.block_table_width`, S where no query is dense. A row lists its free blocks by
+    score, then the forced ones; -1 where there are fewer than width.
     out: where to write them, contiguous. Tuning: chunk_blocks, heads_per_step (heads whose units
     are loaded together), num_warps.
 
@@ -111,7 +115,7 @@ def select_blocks(
     )
     rows = (num_tokens, num_kv_heads)
     if out is None:
-        out = units.new_empty((*rows, spec.num_selected_blocks), dtype=torch.int32)
+        out = units.new_empty((*rows, spec.block_table_width), dtype=torch.int32)
     candidates = new_candidates(units, rows, constants)
     if num_tokens:
         _prefill_select_kernel[rows](
@@ -258,7 +262,11 @@ def max_pool_scores(
             lse2 = tl.sum(merge_lse2(part), axis=0)
         at = one * num_tiles * TILE_ENTRIES + entry
         units = tl.load(units_ptr + at, mask=mask, other=0.0).to(tl.float32)
-        scores += units * _tile_weight(tile_max_ptr, at // TILE_ENTRIES, mask, lse2)
+        tile_max = tl.load(tile_max_ptr + at // TILE_ENTRIES, mask=mask, other=0.0)
+        # The log-sum-exp of coarse windows may be far below the maximum of the others: the bound
+        # keeps sums finite.
+        weight = tl.exp2(tl.minimum(tile_max - lse2, 100.0))
+        scores += units * tl.where(mask, weight, 0.0)
     return tl.max(scores, axis=2)
 
 
@@ -425,13 +433,13 @@ def store_forced(
 def store_all_blocks(
     num_blocks,
     indices_ptr,
-    NUM_SELECTED: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    """Write the blocks 0 .. num_blocks - 1, at most NUM_SELECTED, and fill up with -1."""
-    offs = tl.arange(0, BLOCK_S)
+    """Write the blocks 0 .. num_blocks - 1, at most WIDTH, and fill up with -1."""
+    offs = tl.arange(0, BLOCK_W)
     block = tl.where(offs < num_blocks, offs, -1)
-    mask = offs < NUM_SELECTED
+    mask = offs < WIDTH
     tl.store(indices_ptr + offs, block, mask=mask)
 
 
@@ -456,6 +464,9 @@ def select_row(
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DENSE_LEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     MAX_POOL: tl.constexpr,
@@ -463,11 +474,8 @@ def select_row(
 ):
     """Select for one query and KV head, chunk after chunk. Position -1 selects nothing."""
     num_blocks = (position + BLOCK_SIZE) // BLOCK_SIZE
-    if num_blocks <= NUM_SELECTED:
-        store_all_blocks(
-            num_blocks, indices_ptr,
-            NUM_SELECTED, BLOCK_S,
-        )  # fmt: skip
+    if (num_blocks <= NUM_SELECTED) | (position + 1 < DENSE_LEN):
+        store_all_blocks(num_blocks, indices_ptr, WIDTH, BLOCK_W)
     else:
         NUM_FORCED: tl.constexpr = NUM_INIT + NUM_LOCAL
         NUM_PICKED: tl.constexpr = NUM_SELECTED if LEGACY else NUM_SELECTED - NUM_FORCED
@@ -499,6 +507,9 @@ def select_row(
         )  # fmt: skip
         if not LEGACY:
             store_forced(num_blocks, indices_ptr, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL)
+        if WIDTH > NUM_SELECTED:
+            rest = tl.arange(0, BLOCK_W)
+            tl.store(indices_ptr + rest, -1, mask=(rest >= NUM_SELECTED) & (rest < WIDTH))
 
 
 @triton.jit(do_not_specialize=["num_tiles"], do_not_specialize_on_alignment=["positions_ptr"])
@@ -522,6 +533,9 @@ def _prefill_select_kernel(
     BLOCK_SIZE: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    DENSE_LEN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     NUM_INIT: tl.constexpr,
     NUM_LOCAL: tl.constexpr,
     MAX_POOL: tl.constexpr,
@@ -540,7 +554,8 @@ def _prefill_select_kernel(
         num_tiles,
         tl.load(positions_ptr + token),
         candidates_ptr + row * (MAX_CHUNKS * BLOCK_S),
-        indices_ptr + row * NUM_SELECTED,
+        indices_ptr + row * WIDTH,
         GROUP_SIZE, HEADS, TILES, TILE_BLOCKS, MAX_CHUNKS, ENTRIES, WINDOW_STRIDES, CMP_STRIDE,
-        BLOCK_SIZE, NUM_SELECTED, BLOCK_S, NUM_INIT, NUM_LOCAL, MAX_POOL, LEGACY,
+        BLOCK_SIZE, NUM_SELECTED, BLOCK_S, DENSE_LEN, WIDTH, BLOCK_W, NUM_INIT, NUM_LOCAL, MAX_POOL,
+        LEGACY,
     )  # fmt: skip
