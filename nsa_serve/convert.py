@@ -126,7 +126,11 @@ def _own_names(name: str, config: ModelConfig) -> list[str]:
 def _without_gates(source: ModelSource, config: ModelConfig, gates: Gates | None) -> ModelConfig:
     """Return the config that the source's weights fit: without learned gates if it has none."""
     gate = _GATE_WEIGHTS.get(config.nsa.gate)
-    has_gates = gate is not None and _has_weight(source, config, f"model.layers.0.self_attn.{gate}")
+    # An adapter is refused unless it brings them.
+    has_gates = gate is not None and (
+        source.adapter is not None
+        or _has_weight(source, config, f"model.layers.0.self_attn.{gate}")
+    )
     if gate is None or has_gates:
         if gates is not None:
             raise ModelError(

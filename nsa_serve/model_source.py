@@ -35,6 +35,8 @@ class ModelSource:
 
     name: what the API calls it. nsa_section: the `nsa` section that gives or replaces the
     checkpoint's own. nsa_dialect: --nsa-dialect. is_preset: the folder has a config.json only.
+    adapter: safetensors file of updates and gates for the checkpoint, see `models/adapter.py`;
+    overrides: fields of its config that replace the checkpoint's.
     """
 
     name: str
@@ -43,6 +45,8 @@ class ModelSource:
     nsa_section: Mapping[str, Any] | None = None
     nsa_dialect: NSADialect | None = None
     is_preset: bool = False
+    adapter: Path | None = None
+    overrides: Mapping[str, Any] | None = None
 
 
 def resolve_model(config: EngineConfig) -> ModelSource:
@@ -73,6 +77,8 @@ def resolve_model(config: EngineConfig) -> ModelSource:
     elif is_hub:
         folder = _download(model, config.revision)
         source = ModelSource(name=name, folder=folder, nsa_section=override)
+    elif path.is_dir() and "base" in _config_of(path):
+        source = _adapted(name, path, override)
     elif path.is_dir():
         source = ModelSource(name=name, folder=_checked_folder(path), nsa_section=override)
     elif path.is_file() and path.suffix == ".gguf":
@@ -129,11 +135,48 @@ def read_asset(name: str) -> dict[str, Any]:
 
 
 def _built_in(name: str, override: Mapping[str, Any] | None) -> ModelSource:
-    asset = read_asset(name)
-    gguf = _packaged_file(name, asset["base"])
+    return _adapted(name, _ASSETS / name, override)
+
+
+def _config_of(folder: Path) -> Mapping[str, Any]:
+    return read_json(_checked_folder(folder) / "config.json")
+
+
+def _adapted(name: str, folder: Path, override: Mapping[str, Any] | None) -> ModelSource:
+    """Return what a config.json with a "base" says: another checkpoint, and how it is served."""
+    config = read_json(folder / "config.json")
+    for key, kind in (("base", dict), ("nsa", dict), ("adapter", dict), ("model", dict)):
+        if not isinstance(config.get(key, {}), kind):
+            raise ModelError(f"{folder / 'config.json'}: {key} must be an object")
+    base = config["base"]
+    path = folder / base["path"] if "path" in base else _packaged_file(name, base)
+    if not path.exists():
+        raise ModelError(f"the base of {name} is missing: {path.resolve()}; base.path is relative")
+    adapter = config.get("adapter")
+    section = config.get("nsa") if override is None else override
+    is_file = path.is_file()
     return ModelSource(
-        name=name, gguf=gguf, nsa_section=asset["nsa"] if override is None else override
+        name=name,
+        folder=None if is_file else _checked_folder(path),
+        gguf=path if is_file else None,
+        nsa_section=section,
+        adapter=None if adapter is None else _checked_adapter(folder, adapter),
+        overrides=config.get("model"),
     )
+
+
+def _checked_adapter(folder: Path, adapter: Mapping[str, str]) -> Path:
+    path = folder / adapter["file"]
+    if not path.is_file():
+        raise ModelError(f"the adapter {path} is missing: install or export it again")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != adapter["sha256"]:
+        raise ModelError(
+            f"{path} is not the adapter that {folder / 'config.json'} names: its SHA-256 is "
+            f"{digest}, expected {adapter['sha256']}; install or export it again"
+        )
+    return path
 
 
 def _preset(config: EngineConfig, override: Mapping[str, Any] | None) -> ModelSource:

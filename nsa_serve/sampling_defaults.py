@@ -1,5 +1,6 @@
 """Sampling parameters that a checkpoint recommends, for requests that leave them out."""
 
+from pathlib import Path
 from typing import Any
 
 from nsa_serve.config import EngineConfig
@@ -36,6 +37,9 @@ def _recommended(config: EngineConfig) -> tuple[str, dict[str, Any]]:
     if config.model in BUILT_IN_MODELS:
         # Not through `resolve_model`, which would hash the weights once more.
         return config.model, read_asset(config.model)["generation_config"]
+    named = Path(config.model).expanduser() / "config.json"
+    if named.is_file() and "base" in (recipe := read_json(named)):
+        return str(named), recipe.get("generation_config", {})
     folder = resolve_model(config).folder
     path = None if folder is None else folder / "generation_config.json"
     return str(path), read_json(path) if path is not None and path.is_file() else {}

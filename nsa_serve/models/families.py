@@ -9,7 +9,9 @@ GGUF architecture "llama"   native           gguf_llama.py
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nsa_serve.config import ModelConfig
 from nsa_serve.errors import ModelError
@@ -21,6 +23,7 @@ from nsa_serve.models.llama_nsa import read_llama_nsa
 from nsa_serve.models.minicpm import read_minicpm, read_sparse_config
 from nsa_serve.models.native import read_native
 from nsa_serve.models.nsa_moe import read_nsa_moe
+from nsa_serve.models.rope_fields import read_rope_scaling
 from nsa_serve.models.safetensors_files import has_safetensors, read_weight_index
 
 SUPPORTED_MODEL_TYPES = ("nsa", "llama-nsa", "llama", "nsa_moe", "minicpm")
@@ -37,10 +40,37 @@ def load_model_config(source: ModelSource) -> ModelConfig:
         _refuse_dialect(source, "a GGUF file")
         section = source.nsa_section
         nsa = None if section is None else read_nsa_section(section)
-        return read_gguf_llama(source.gguf, nsa=nsa)
-    assert source.folder is not None, "a source has a folder or a GGUF file"
-    config = _read_folder(source, source.folder)
-    return _add_generation_config(config, source.folder)
+        config = read_gguf_llama(source.gguf, nsa=nsa, has_adapter=source.adapter is not None)
+    else:
+        assert source.folder is not None, "a source has a folder or a GGUF file"
+        config = _add_generation_config(_read_folder(source, source.folder), source.folder)
+    if source.overrides is not None:
+        config = _overridden(config, source.overrides)
+    if source.adapter is not None and config.nsa.gate != "linear":
+        raise ModelError(
+            f'{source.name} has an adapter with gates, and its nsa section says "gate": '
+            f"{config.nsa.gate!r}; to serve the base without the adapter, name its own file: "
+            f"{source.gguf or source.folder}"
+        )
+    return config
+
+
+def _overridden(config: ModelConfig, section: Mapping[str, Any]) -> ModelConfig:
+    """Replace the fields that the section "model" of an adapter's config may change."""
+    known = {"rope_theta", "rope_scaling", "max_position_embeddings"}
+    if unknown := sorted(section.keys() - known):
+        raise ModelError(f"model.{unknown[0]} cannot be changed by an adapter; {sorted(known)} can")
+    changes: dict[str, Any] = {}
+    positions = section.get("max_position_embeddings", config.max_position_embeddings)
+    theta = section.get("rope_theta", config.rope_theta)
+    if type(positions) is not int or positions < 1:
+        raise ModelError(f"model.max_position_embeddings must be a count, got {positions!r}")
+    if type(theta) not in (int, float) or not 0 < theta < float("inf"):
+        raise ModelError(f"model.rope_theta must be a number above 0, got {theta!r}")
+    changes = {"max_position_embeddings": positions, "rope_theta": float(theta)}
+    if section.get("rope_scaling") is not None:
+        changes["rope_scaling"] = read_rope_scaling(section["rope_scaling"], positions)
+    return dataclasses.replace(config, **changes)
 
 
 def checkpoint_name(source: ModelSource, config: ModelConfig, canonical: str) -> str:

@@ -48,15 +48,18 @@ def gguf_name(canonical: str) -> str:
     return canonical
 
 
-def read_gguf_llama(path: Path, *, nsa: NSAConfig | None) -> ModelConfig:
-    """Read the config of a GGUF file. Raises ModelError when it cannot be served as NSA."""
+def read_gguf_llama(path: Path, *, nsa: NSAConfig | None, has_adapter: bool = False) -> ModelConfig:
+    """Read the config of a GGUF file. Raises ModelError when it cannot be served as NSA.
+
+    has_adapter: an adapter brings the gate weights.
+    """
     metadata = read_gguf_metadata(path, keys=_METADATA_KEYS)
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise ModelError(f"{path}: GGUF architecture {architecture!r} is not supported; 'llama' is")
     if nsa is None:
         raise ModelError(missing_nsa_section("a GGUF file"))
-    if nsa.gate != "constant" or nsa.compression != "mean":
+    if (nsa.gate != "constant" and not has_adapter) or nsa.compression != "mean":
         raise ModelError(
             "a GGUF file holds no gate or compression weights: its nsa section needs "
             f'"gate": "constant" and "compression": "mean", got {nsa.gate!r} and '

@@ -5,8 +5,8 @@ and KV heads, D head_dim, Dv v_head_dim, l cmp_len.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from safetensors import safe_open
 from nsa_serve.config import ModelConfig
 from nsa_serve.errors import ModelError
 from nsa_serve.model_source import ModelSource
+from nsa_serve.models.adapter import Adapter
 from nsa_serve.models.dequantize import dequantize
 from nsa_serve.models.device_weights import DeviceWeights
 from nsa_serve.models.dummy_weights import dummy_weights, fill_with_dummies
@@ -53,12 +54,8 @@ def load_weights(
     """
     if is_dummy:
         return dummy_weights(config, dtype)
-    if source.gguf is not None:
-        tensors, names = _checked_gguf(source.gguf, source, config)
-        with _one_thread():
-            return _collect(_gguf_stream(source.gguf, config, tensors, names, dtype), on_progress)
-    index, names = _checked_index(source, config)
-    return _collect(_safetensors_stream(index, names, dtype), on_progress)
+    with _one_thread() if source.gguf is not None else nullcontext():
+        return _collect(_open_stream(source, config, dtype), on_progress)
 
 
 def stream_checkpoint(
@@ -69,17 +66,43 @@ def stream_checkpoint(
     Safetensors keep the dtype that they are stored in; a GGUF's are in the config's
     `checkpoint_dtype`. Raises what `load_weights` raises, before anything is read.
     """
+    dtype: torch.dtype | None = None
     if source.gguf is not None:
-        tensors, names = _checked_gguf(source.gguf, source, config)
-        dtype: torch.dtype = getattr(torch, config.checkpoint_dtype)
-        stream = _gguf_stream(source.gguf, config, tensors, names, dtype)
-    else:
-        index, names = _checked_index(source, config)
-        stream = _safetensors_stream(index, names, None)
-    for item in stream:
+        dtype = getattr(torch, config.checkpoint_dtype)
+    for item in _open_stream(source, config, dtype):
         yield item.name, item.tensor
         if on_progress is not None:
             on_progress(item.done, item.total)
+
+
+def _open_stream(
+    source: ModelSource, config: ModelConfig, dtype: torch.dtype | None
+) -> Iterator["_Loaded"]:
+    """Check a checkpoint, and return its weights as they are read, the adapter's merged.
+
+    dtype: None is that of the checkpoint, and float32 for what an adapter changes.
+    """
+    adapter = None if source.adapter is None else Adapter(source.adapter, config)
+    if source.gguf is not None:
+        tensors, names = _checked_gguf(source.gguf, source, config)
+        base_dtype = dtype or torch.float32
+        stream = _gguf_stream(source.gguf, config, tensors, names, base_dtype, adapter)
+    else:
+        index, names = _checked_index(source, config)
+        stream = _safetensors_stream(index, names, None if adapter else dtype)
+    return stream if adapter is None else _merged(stream, adapter, dtype)
+
+
+def _merged(
+    stream: Iterator["_Loaded"], adapter: Adapter, dtype: torch.dtype | None
+) -> Iterator["_Loaded"]:
+    total = 0
+    for item in stream:
+        total = item.total
+        tensor = adapter.merge(item.name, item.tensor)
+        yield replace(item, tensor=tensor if dtype is None else tensor.to(dtype))
+    for name, tensor in adapter.own_weights():
+        yield _Loaded(name, tensor if dtype is None else tensor.to(dtype), total, total)
 
 
 def weight_bytes(
@@ -111,10 +134,9 @@ def load_device_weights(
     target = DeviceWeights(weight_layout(config, quantization), dtype, device)
     if is_dummy:
         fill_with_dummies(target, config, on_progress)
-    elif source.gguf is not None:
-        tensors, names = _checked_gguf(source.gguf, source, config)
+    elif source.gguf is not None or source.adapter is not None:
         with _one_thread():
-            for item in _gguf_stream(source.gguf, config, tensors, names, dtype):
+            for item in _open_stream(source, config, dtype):
                 target.write_whole(item.name, item.tensor)
                 if on_progress is not None:
                     on_progress(item.done, item.total)
@@ -163,7 +185,13 @@ def _checked_index(
 
 
 def _canonical_names(source: ModelSource, config: ModelConfig) -> dict[str, str]:
-    return {checkpoint_name(source, config, name): name for name in expected_weights(config)}
+    """Canonical names by the checkpoint's; gates that an adapter brings are not expected in it."""
+    names = expected_weights(config)
+    return {
+        checkpoint_name(source, config, name): name
+        for name in names
+        if source.adapter is None or ".g_proj." not in name
+    }
 
 
 def _check_names(
@@ -257,6 +285,7 @@ def _gguf_stream(
     tensors: Mapping[str, GGUFTensor],
     names: Mapping[str, str],
     dtype: torch.dtype,
+    adapter: Adapter | None = None,
 ) -> Iterator[_Loaded]:
     wanted = sorted((name for name in tensors if name in names), key=lambda n: tensors[n].offset)
     done, total = 0, sum(tensors[name].num_bytes for name in wanted)
@@ -268,7 +297,10 @@ def _gguf_stream(
             if raw.numel() != item.num_bytes:
                 raise ModelError(f"{path} ends inside {name}")
             raw = _half_rotation_rows(raw, names[name], config)
-            tensor = dequantize(raw, item.type, item.shape, dtype)
+            # What an adapter changes is rounded once, after it.
+            is_merged = adapter is not None and adapter.has_update(names[name])
+            kept = torch.float32 if is_merged else dtype
+            tensor = dequantize(raw, item.type, item.shape, kept)
             done += item.num_bytes
             yield _Loaded(names[name], tensor, done, total)
 
