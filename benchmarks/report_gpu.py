@@ -260,7 +260,7 @@ def _soak(results: list[dict[str, Any]], _paths: list[Path]) -> str:
             f"first byte p50 {first_byte['p50']:.2f} s, p99 {first_byte['p99']:.2f} s. "
             "At the end no request is left and every page is free. Memory, first third to last: "
             f"{'; '.join(memory)} (rss_0 is the API process, rss_1 the engine). Failures: "
-            f"{'; '.join(result['failures']) or 'none'}.\n"
+            f"{'; '.join(result['failures']) or 'none'}. {result.get('note', '')}\n"
         )
     return "\n".join(parts)
 
