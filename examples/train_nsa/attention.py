@@ -3,9 +3,10 @@
 The rules are those of `nsa_kernels/reference.py`, which the tests compare with. Selection has no
 gradient (as in the paper); scores reach the compression branch's softmax only through its output.
 
-Two ways to attend: "plain" is PyTorch over chunks of queries, recomputed in the backward pass, on
-any device and in any dtype; "triton" is `attention_triton.py`, for CUDA. Neither makes a [T, T]
-tensor: the largest is a chunk's, or the compression scores [T, T / cmp_stride].
+Three ways to attend: "plain" is PyTorch over chunks of queries, recomputed in the backward pass, on
+any device and in any dtype; "sdpa" is `attention_sdpa.py`, the fast one on a CPU; "triton" is
+`attention_triton.py`, for CUDA. Scores are never [T, T]: the largest array is a chunk's, or the
+compression scores [T, T / cmp_stride].
 
 Legend: B rows, T tokens, HQ query and H KV heads, G = HQ // H, D dimensions, N windows, NB blocks,
 K keys (tokens or windows).
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nsa_kernels.spec import NSASpec
 
-Backend = Literal["plain", "triton"]
+Backend = Literal["plain", "sdpa", "triton"]
 Branch = Literal["cmp", "slc", "swa"]
 
 CHUNK_ELEMENTS = 1 << 26
@@ -60,7 +61,8 @@ class Rule:
         """Return the keys that any of these queries can see."""
         if self.branch == "cmp":
             return slice(0, min(num_keys, self.spec.num_windows(queries.stop)))
-        return slice(0, min(num_keys, queries.stop))
+        first = queries.start - self.spec.window_size + 1 if self.branch == "swa" else 0
+        return slice(max(0, first), min(num_keys, queries.stop))
 
 
 def nsa_branches(
@@ -89,7 +91,7 @@ def compress_mean(x: Tensor, spec: NSASpec) -> Tensor:
     num_strides, per_window = x.shape[1] // spec.cmp_stride, spec.strides_per_window
     num_windows = spec.num_windows(x.shape[1])
     strides = x[:, : num_strides * spec.cmp_stride].unflatten(1, (num_strides, spec.cmp_stride))
-    sums = _wide(strides).sum(dim=2)  # [B, strides, H, D]
+    sums = widen(strides).sum(dim=2)  # [B, strides, H, D]
     parts = [sums[:, i : i + num_windows] for i in range(per_window)]
     total: Tensor = sum(parts[1:], start=parts[0])
     return (total / spec.cmp_len).to(x.dtype)
@@ -104,12 +106,16 @@ def attend(
     """
     if k.shape[1] == 0:
         # Of q, so that the backward pass finds a way through.
-        return q * 0.0, _wide(q).new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
+        return q * 0.0, widen(q).new_full((q.shape[0], q.shape[2], q.shape[1]), -torch.inf)
     if backend == "triton":
         # Imported here: there is no Triton on machines without a GPU.
         from attention_triton import triton_attention
 
         return triton_attention(q, k, v, rule, scale)
+    if backend == "sdpa":
+        from attention_sdpa import sdpa_attention
+
+        return sdpa_attention(q, k, v, rule, scale)
     return _plain_attention(q, k, v, rule, scale)
 
 
@@ -186,8 +192,8 @@ def _group_p(
         from attention_triton import triton_group_p
 
         return triton_group_p(q, k_cmp, lse, part, spec, scale)
-    heads = _wide(q[:, part]).unflatten(2, (k_cmp.shape[2], -1))  # [B, Tq, H, G, D]
-    logits = torch.einsum("bthgd,bnhd->bhgtn", heads, _wide(k_cmp)) * scale
+    heads = widen(q[:, part]).unflatten(2, (k_cmp.shape[2], -1))  # [B, Tq, H, G, D]
+    logits = torch.einsum("bthgd,bnhd->bhgtn", heads, widen(k_cmp)) * scale
     visible = Rule("cmp", spec).visible(part, k_cmp.shape[1], q.device)[:, :, None]
     shift = lse[..., part].unflatten(1, (k_cmp.shape[2], -1))[..., None]
     # Masked after the exponential: where no window is visible the shift is -inf.
@@ -207,33 +213,34 @@ def _plain_attention(
             o, lse = attend(q[:, part], k[:, :0], v[:, :0], rule, scale=scale, backend="plain")
         elif torch.is_grad_enabled() and size < num_tokens:
             o, lse = checkpoint(
-                _plain_chunk, q[:, part], k[:, keys], v[:, keys], rule, part, scale,
+                _plain_chunk, q[:, part], k[:, keys], v[:, keys], rule, part, keys, scale,
                 use_reentrant=False,
             )  # fmt: skip
         else:
-            o, lse = _plain_chunk(q[:, part], k[:, keys], v[:, keys], rule, part, scale)
+            o, lse = _plain_chunk(q[:, part], k[:, keys], v[:, keys], rule, part, keys, scale)
         outputs.append(o)
         lses.append(lse)
     return torch.cat(outputs, dim=1), torch.cat(lses, dim=-1)
 
 
 def _plain_chunk(
-    q: Tensor, k: Tensor, v: Tensor, rule: Rule, part: slice, scale: float
+    q: Tensor, k: Tensor, v: Tensor, rule: Rule, part: slice, keys: slice, scale: float
 ) -> tuple[Tensor, Tensor]:
-    visible = rule.visible(part, k.shape[1], q.device)[:, :, None]  # [B|1, H|1, 1, Tq, K]
-    heads = _wide(q).unflatten(2, (k.shape[2], -1))
-    logits = torch.einsum("bthgd,bshd->bhgts", heads, _wide(k)) * scale
+    # [B or 1, H or 1, 1, Tq, K]
+    visible = rule.visible(part, keys.stop, q.device)[..., keys][:, :, None]
+    heads = widen(q).unflatten(2, (k.shape[2], -1))
+    logits = torch.einsum("bthgd,bshd->bhgts", heads, widen(k)) * scale
     # Not -inf: a row of nothing else would be NaN, and its gradient too.
     logits = logits.masked_fill(~visible, torch.finfo(logits.dtype).min)
     sees_any = visible.any(dim=-1)
     p = logits.softmax(dim=-1) * sees_any[..., None]
-    o = torch.einsum("bhgts,bshd->bthgd", p, _wide(v)).flatten(2, 3).to(q.dtype)
+    o = torch.einsum("bhgts,bshd->bthgd", p, widen(v)).flatten(2, 3).to(q.dtype)
     with torch.no_grad():
         lse = logits.logsumexp(dim=-1).masked_fill(~sees_any, -torch.inf).flatten(1, 2)
     return o, lse
 
 
-def _wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
     """Return x in the dtype that sums are taken in."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 

@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from schedule import (
     usable_phases,
 )
 from student import open_base
+from numpy.typing import NDArray
 from torch import Tensor
 
 from nsa_kernels.spec import NSASpec
@@ -93,9 +94,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace, ranks: Ranks) -> None:
         self.args, self.ranks = args, ranks
-        dtype = torch.bfloat16 if ranks.device.type == "cuda" else torch.float32
         torch.manual_seed(args.seed)
-        base = open_base(args.base, ranks.device, dtype)
+        base = open_base(args.base, ranks.device, getattr(torch, args.dtype))
         self.settings = make_settings(args)
         self.student, self.model = make_student(
             self.settings,
@@ -115,6 +115,8 @@ class Trainer:
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.corpus: Corpus = open_corpus(args.data, tokens_per_batch=args.tokens_per_batch)
         phases = usable_phases(TINY_PHASES if args.tiny else PHASES, self.corpus.kinds)
+        if args.longest is not None:
+            phases = [shorten(phase, args.longest) for phase in phases]
         self.phases = [fit(phase, self.student.config.max_position_embeddings) for phase in phases]
         self.step, elapsed_s = 0, 0.0
         if args.resume:
@@ -198,6 +200,8 @@ class Trainer:
         phase, source = choose(self.phases, progress, np.random.default_rng([self.args.seed, step]))
         rng = np.random.default_rng([self.args.seed, step, 1 + self.ranks.rank])
         ids, weight = self.corpus.batch(source.kind, source.length, rng)
+        if self.args.loss_tokens is not None and source.kind != "retrieval":
+            thin_out(weight, self.args.loss_tokens, rng)
         return phase, source, torch.from_numpy(ids), torch.from_numpy(weight)
 
     def _train_step(
@@ -337,6 +341,19 @@ def fit(phase: Phase, context: int) -> Phase:
     return Phase(phase.name, phase.share, phase.mse_weight, sources)
 
 
+def shorten(phase: Phase, longest: int) -> Phase:
+    """Give longer rows a length of `longest`."""
+    sources = tuple(replace(source, length=min(source.length, longest)) for source in phase.sources)
+    return replace(phase, sources=sources)
+
+
+def thin_out(weight: NDArray[np.float32], count: int, rng: np.random.Generator) -> None:
+    """Leave `count` of the weights [B, T] that are not 0, in place."""
+    places = np.flatnonzero(weight)
+    if len(places) > count:
+        weight.flat[rng.permutation(places)[count:]] = 0.0
+
+
 def make_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Return the arguments as JSON has them, and the sampling defaults of the adapter."""
     settings = {
@@ -417,6 +434,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--share-floor", type=float, default=0.1, help="below it a branch is pushed up")
     add("--share-weight", type=float, default=0.2, help="of that push")
     add("--tokens-per-batch", type=int, default=32768, help="of each GPU")
+    add("--loss-tokens", type=int, help="of a batch, chosen by chance (default: all that count)")
+    add("--longest", type=int, help="longer rows of the schedule are made as short as this")
     add("--checkpoint-every", type=float, default=60.0, help="seconds")
     add("--print-every", type=int, default=20, help="steps")
     add("--resume", action="store_true", help="go on from OUT's checkpoint")
@@ -428,7 +447,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--tiny", action="store_true", help="sizes for a CPU")
     add("--device", choices=("cuda", "cpu"), default="cuda" if has_gpu else "cpu")
-    add("--attention", choices=("triton", "plain"), help="default: triton on a GPU")
+    add("--dtype", choices=("bfloat16", "float32"), help="of the base; default: bfloat16 on a GPU")
+    add(
+        "--attention",
+        choices=("triton", "sdpa", "plain"),
+        help="default: triton on a GPU, sdpa on a CPU",
+    )
     add(
         "--recompute",
         action=argparse.BooleanOptionalAction,
@@ -446,7 +470,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             args.steps = 30
         else:
             args.minutes = 10.0
-    args.attention = args.attention or ("triton" if args.device == "cuda" else "plain")
+    args.attention = args.attention or ("triton" if args.device == "cuda" else "sdpa")
+    args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.recompute is None:
         memory = torch.cuda.get_device_properties(0).total_memory if args.device == "cuda" else 0
         args.recompute = memory < AMPLE_GIB << 30

@@ -4,6 +4,7 @@ The Triton way runs in the interpreter where there is no GPU.
 """
 
 import attention
+import attention_sdpa
 import pytest
 import torch
 from attention import nsa_branches
@@ -43,7 +44,7 @@ def want(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> tuple[list[Tensor], 
     return [o_cmp, o_slc, o_swa], indices
 
 
-@pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "sdpa", "triton"])
 @pytest.mark.parametrize("num_tokens", [1, 15, 31, 32, 33, 63, 64, 65, 127, 129, 257, 331, 449])
 def test_branches_are_the_references(num_tokens: int, backend: attention.Backend) -> None:
     q, k, v = make(2, num_tokens, num_tokens)
@@ -68,7 +69,7 @@ def test_ties_go_to_the_lower_block() -> None:
     assert torch.equal(got.permute(2, 0, 1), as_mask(theirs, 19))
 
 
-@pytest.mark.parametrize("backend", ["plain", "triton"])
+@pytest.mark.parametrize("backend", ["plain", "sdpa", "triton"])
 def test_the_best_blocks_are_chosen(backend: attention.Backend) -> None:
     """Of 19 blocks 16; compared by score, since sums in another order decide near ties."""
     q, k, _ = make(1, 1201, 5)
@@ -105,22 +106,29 @@ def test_plain_gradients_are_exact(
     check_gradients(inputs, outputs, theirs, weights, 1e-11)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
 @pytest.mark.parametrize("num_tokens", [1, 40, 65, 211, 300])
-def test_triton_gradients_are_the_naive_ones(num_tokens: int) -> None:
+def test_fused_gradients_are_the_naive_ones(
+    num_tokens: int, backend: attention.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So that there are several chunks.
+    monkeypatch.setattr(attention_sdpa, "CHUNK", 128)
+    monkeypatch.setattr(attention_sdpa, "WINDOW_CHUNK", 48)
     inputs = [x.to(DEVICE).requires_grad_() for x in make(2, num_tokens)]
-    outputs = nsa_branches(*inputs, SMALL, scale=0.25, backend="triton")
+    outputs = nsa_branches(*inputs, SMALL, scale=0.25, backend=backend)
     theirs = naive(inputs, selection(inputs))
     weights = [torch.randn_like(x) for x in outputs]
     check_gradients(inputs, outputs, theirs, weights, 1e-4)
 
 
-def test_bf16_is_near_fp32() -> None:
-    """Through the Triton kernels, as training runs them, values and gradients."""
+@pytest.mark.parametrize("backend", ["sdpa", "triton"])
+def test_bf16_is_near_fp32(backend: attention.Backend) -> None:
+    """As training runs them, values and gradients."""
     inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(1, 200, dim=64)]
     chosen = selection(inputs)
     rules = [attention.Rule("slc", SMALL, chosen), attention.Rule("swa", SMALL)]
     for rule in rules:
-        o, _ = attention.attend(*inputs, rule, scale=0.125, backend="triton")
+        o, _ = attention.attend(*inputs, rule, scale=0.125, backend=backend)
         wide = [x.detach().float().requires_grad_() for x in inputs]
         other, _ = attention.attend(*wide, rule, scale=0.125, backend="plain")
         weight = torch.randn_like(other)
