@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from export_hf import export_hf
 from gpu_common import environment, resolve_device, write_result
+from quality_branches import branch_shares
 from quality_tasks import (
     CHAT_PROMPTS,
     DEPTHS,
@@ -39,7 +40,7 @@ from report_quality import quality_tables
 
 from nsa_serve import LLM, SamplingParams
 from nsa_serve.config import DEFAULT_MODEL, EngineConfig
-from nsa_serve.model_source import read_asset, resolve_model
+from nsa_serve.model_source import load_tokenizer, read_asset, resolve_model
 
 PARTS = ("ppl", "passkey", "pairs", "cloze", "chat", "ablation", "branches")
 MODEL_PARTS = PARTS[:5]
@@ -164,7 +165,7 @@ class Evaluation:
             if part in tasks:
                 self.part(name, part, row, partial(tasks[part], llm))
         if name == "student" and "branches" in parts:
-            self.part(name, "branches", row, lambda: self.branch_shares(llm))
+            self.part(name, "branches", row, self.branch_shares)
         _release(llm)
 
     def part(self, name: str, part: str, row: dict[str, Any], run: Callable[[], Any]) -> None:
@@ -294,12 +295,14 @@ class Evaluation:
             row["next_token"] = _mean([rank == 1 for found in ranks for rank in found])
         return row
 
-    def branch_shares(self, llm: LLM) -> list[list[float]]:
+    def branch_shares(self) -> list[list[float]]:
         """Return each layer's shares of output norm of (cmp, slc, swa) on a held-out book."""
-        from quality_branches import branch_shares
-
-        ids = self.books(llm)[0][: min(4096, max(self.sizes.contexts))]
-        shares: list[list[float]] = branch_shares(llm, ids).tolist()
+        tokenizer = load_tokenizer(EngineConfig(model=str(self.student)))
+        # The first tokens of a book are its title and contents.
+        length = min(4096, max(self.sizes.contexts))
+        words = self.texts[0][: 16 * length]
+        ids = tokenizer.encode(words, add_special_tokens=False)[length : 2 * length]
+        shares: list[list[float]] = branch_shares(str(self.student), ids).tolist()
         return shares
 
     def run_ablation(self) -> None:

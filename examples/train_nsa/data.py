@@ -72,6 +72,11 @@ class Corpus:
         extra = ("retrieval",) if "books" in self._kinds else ()
         return (*self._kinds, *extra)
 
+    def all_tokens(self) -> NDArray[np.uint16]:
+        """Return the tokens of all books and texts, one after the other."""
+        kinds = [self._kinds[kind] for kind in ("books", "text") if kind in self._kinds]
+        return np.concatenate([kind.ids for kind in kinds])
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that the arrays were made with."""

@@ -1,11 +1,12 @@
 """The student's forward pass is what the engine computes; its losses are what they say."""
 
-import importlib.util
 from pathlib import Path
 
 import export
 import losses
 import pytest
+import quality_branches
+import student as student_module
 import torch
 import torch.nn.functional as F
 from student import Student, branch_shares, open_base, student_config
@@ -76,10 +77,6 @@ def test_the_engine_computes_what_is_trained(base: Path, tmp_path: Path, rope: s
     )
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("nsa_serve.models.adapter") is None,
-    reason="this engine loads no adapters",
-)
 def test_the_engine_loads_the_adapter(base: Path, tmp_path: Path) -> None:
     student = make_student(base)
     _, model = student_config(student.base.config, "yarn:8", 0)
@@ -92,6 +89,22 @@ def test_the_engine_loads_the_adapter(base: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(
         log_probabilities(student, ids), theirs, atol=TOLERANCE, rtol=TOLERANCE
     )
+
+
+def test_the_engines_shares_are_those_of_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each branch's share, taken from the engine's layers with one gate open at a time."""
+    monkeypatch.setattr(student_module, "SHARE_STRIDE", 1)
+    student = make_student(base)
+    folder = tmp_path / "adapter"
+    export.write_adapter(student, folder, student_config(student.base.config, "yarn:8", 0)[1], {})
+    ids = make_ids(1301)
+    with torch.no_grad():
+        want = student(ids).shares
+    got = quality_branches.branch_shares(str(folder), ids[0].tolist(), dtype="float32")
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert want.min() > 0.01
 
 
 def test_an_adapter_that_is_too_large_is_refused(
