@@ -46,7 +46,7 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     if not k.shape[1]:
         # Of q, so that the backward pass finds a way through.
         return q * 0.0
-    num_rows, num_queries, _, dim = q.shape
+    num_rows, dim = q.shape[0], q.shape[3]
     num_kv_heads = k.shape[2]
     # KV heads join the rows, so that a mask serves its group without a copy.
     heads = q.unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)

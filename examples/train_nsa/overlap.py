@@ -52,9 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
     corpus = Corpus(args.data)
     texts = list(read_documents(args.heldout))
     ids = corpus.tokenizer.encode_batch(texts, add_special_tokens=False)
-    found = shares(
-        [np.array(item, dtype=np.uint16) for item in ids], corpus.all_tokens(), args.run
-    )
+    found = shares([np.array(item, dtype=np.uint16) for item in ids], corpus.all_tokens(), args.run)
     for text, share in zip(texts, found, strict=True):
         print(f"{share:8.4%} of {args.run}-token runs: {text[:60].splitlines()[0]!r}")
     return found

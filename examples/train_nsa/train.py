@@ -31,6 +31,7 @@ from export import (
     write_adapter,
 )
 from losses import head_loss, share_floor
+from numpy.typing import NDArray
 from schedule import (
     PHASES,
     TINY_PHASES,
@@ -42,7 +43,6 @@ from schedule import (
     usable_phases,
 )
 from student import open_base
-from numpy.typing import NDArray
 from torch import Tensor
 
 from nsa_kernels.spec import NSASpec

@@ -172,9 +172,7 @@ def test_bf16_is_as_close_to_fp32_as_transformers_is(fp32: Pair, options: dict[s
     source = resolve_model(EngineConfig(**options))
     config = load_model_config(source)
     theirs = to_llama(config, load_weights(source, config, torch.bfloat16))
-    engine = make_engine(
-        **options, dtype=torch.bfloat16, max_model_len=1024, page_memory="48MiB"
-    )
+    engine = make_engine(**options, dtype=torch.bfloat16, max_model_len=1024, page_memory="48MiB")
     our_error, their_error = 0.0, 0.0
     for seed in range(10):
         token_ids = make_prompt(60, seed=seed)
