@@ -54,7 +54,8 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     keys, values = (x.transpose(1, 2).flatten(0, 1)[:, None].expand(shape) for x in (k, v))
     # Not -inf: a row of nothing else would be NaN, and its gradient too.
     least = torch.finfo(q.dtype).min
-    mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, least)
+    mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device)
+    mask.masked_fill_(~visible, least)
     mask = mask.expand(num_rows, num_kv_heads, -1, -1).flatten(0, 1)[:, None]
     o = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=scale)
     o = o.unflatten(0, (num_rows, num_kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
