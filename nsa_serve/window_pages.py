@@ -96,9 +96,9 @@ class WindowPages:
         for page, page_hash in zip(passed, request.page_hashes[start:stop], strict=False):
             self.pool.register(page, page_hash)
         # First out: a long prompt passes more pages than the pool keeps, and is found again by
-        # those that the first token after it reads.
+        # those that its last page reads, which runs again where it is full.
         page_size = self.pool.page_size
-        prompt_end = len(request.prompt_token_ids) // page_size * page_size
+        prompt_end = (len(request.prompt_token_ids) - 1) // page_size * page_size
         split = min(max(start, self.first_index(prompt_end)), stop) - start
         self.pool.release(passed[split:])
         self.pool.release(passed[:split], first_out=True)
