@@ -85,8 +85,9 @@ def _speed(results: list[dict[str, Any]], _paths: list[Path]) -> str:
         "cache, medians. Bar: what was set as the goal. Dense: vLLM 0.24, dense twin of the same "
         "shape, same GPU. Floor: the bytes of the weights alone at 4.25 TB/s; byte floor: with "
         "those of the cache. Of E experts, k a token, a step of B rows is expected to read "
-        "E (1 - (1 - k / E)^B) in each layer, as if all were equally likely. p50 and p99 are of "
-        "the time between steps in the same runs.\n",
+        "E (1 - (1 - k / E)^B) in each layer, as if all were equally likely; a router that "
+        "prefers some reads fewer, so that a step can take less than that floor. p50 and p99 are "
+        "of the time between steps in the same runs.\n",
     ]
     for result in results:
         parts += [f"**{result['title']}**{_settings(result)}. {_origin(result)}\n", _decode(result)]
