@@ -109,6 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--max-num-seqs", type=int, default=256, help="answers at a time")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--page-memory", default="", help="of the cache, where others share a GPU")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     prompts = make_prompts(args.num, seed=args.seed)
@@ -116,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         open_teacher(
-            args.model, Path(folder), device=args.device, max_num_seqs=args.max_num_seqs
+            args.model,
+            Path(folder),
+            device=args.device,
+            max_num_seqs=args.max_num_seqs,
+            page_memory=args.page_memory,
         ) as llm,
     ):
         loaded = time.perf_counter()

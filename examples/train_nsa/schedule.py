@@ -56,11 +56,11 @@ PHASES = (
         (
             Source("books", 2048, 0.10),
             Source("books", 4096, 0.15),
-            Source("books", 8192, 0.40),
+            Source("books", 8192, 0.30),
             Source("text", 2048, 0.10),
             Source("chat", 2048, 0.15),
-            Source("retrieval", 4096, 0.05),
-            Source("retrieval", 8192, 0.05),
+            Source("retrieval", 4096, 0.075),
+            Source("retrieval", 8192, 0.125),
         ),
     ),
     Phase(
@@ -70,13 +70,13 @@ PHASES = (
         (
             Source("books", 2048, 0.10),
             Source("books", 8192, 0.20),
-            Source("books", 16384, 0.20),
-            Source("books", 32768, 0.15),
+            Source("books", 16384, 0.15),
+            Source("books", 32768, 0.10),
             Source("chat", 2048, 0.10),
             Source("retrieval", 2048, 0.025),
-            Source("retrieval", 8192, 0.05),
-            Source("retrieval", 16384, 0.075),
-            Source("retrieval", 32768, 0.10),
+            Source("retrieval", 8192, 0.075),
+            Source("retrieval", 16384, 0.125),
+            Source("retrieval", 32768, 0.125),
         ),
     ),
 )

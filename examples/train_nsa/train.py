@@ -231,7 +231,7 @@ class Trainer:
             weight,
             teacher_hidden=theirs,
             kl_weight=1.0 if has_teacher else 0.0,
-            ce_weight=0.0 if has_teacher else args.ce_weight,
+            ce_weight=self._ce_weight(source, has_teacher=has_teacher),
         )
         floor = share_floor(output.shares, args.share_floor)
         total = loss.total + phase.mse_weight * output.mse + args.share_weight * floor
@@ -264,6 +264,12 @@ class Trainer:
             "is_finite": is_finite,
             "lr": self.peaks[1] * factor,
         }
+
+    def _ce_weight(self, source: Source, *, has_teacher: bool) -> float:
+        """Return the weight of the next-token loss; what the teacher wrote itself has none."""
+        if not has_teacher:
+            return float(self.args.ce_weight)
+        return 0.0 if source.kind == "chat" else float(self.args.ce_mix)
 
     def _report(self, log: Any, entry: dict[str, Any], source: Source, step_s: float) -> None:
         """Write the step's line; print some."""
@@ -420,7 +426,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="what data.py wrote")
     add("--out", type=Path, required=True, help="folder of the run")
     add("--base", default=DEFAULT_MODEL, help="a built-in model's base, a .gguf file or a folder")
-    add("--rope", default="yarn:4", help="yarn:FACTOR, theta:NUMBER or none")
+    add("--rope", default="theta:250000", help="yarn:FACTOR, theta:NUMBER or none")
     add("--max-length", type=int, default=32768, help="the student's context, unless yarn says it")
     add("--minutes", type=float, help="wall time of training; the recipe scales (default: 10)")
     add("--steps", type=int, help="a number of steps instead of a time")
@@ -430,7 +436,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", type=float, default=1e-3, help="of the low-rank updates")
     add("--gate-lr-scale", type=float, default=2.0, help="learning rate of the gates, of --lr")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    add("--ce-weight", type=float, default=1.0, help="of the next-token loss, where it is used")
+    add("--ce-weight", type=float, default=1.0, help="of the next-token loss without a teacher")
+    add("--ce-mix", type=float, default=0.2, help="of it beside a teacher, on books and texts")
     add("--share-floor", type=float, default=0.1, help="below it a branch is pushed up")
     add("--share-weight", type=float, default=0.2, help="of that push")
     add("--tokens-per-batch", type=int, default=32768, help="of each GPU")

@@ -49,7 +49,7 @@ def test_a_tiny_run_learns_and_writes_an_adapter(root: Path) -> None:
     adapter = root / "out" / "adapter"
     config = json.loads((adapter / "config.json").read_text())
     assert (adapter / config["base"]["path"]).resolve() == (root / "base").resolve()
-    assert config["nsa"]["gate"] == "linear" and config["model"]["max_position_embeddings"] == 1024
+    assert config["nsa"]["gate"] == "linear" and config["model"]["max_position_embeddings"] == 32768
     with safe_open(adapter / config["adapter"]["file"], framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         assert file.get_tensor("model.layers.1.self_attn.k_proj.lora_b").abs().sum() > 0
