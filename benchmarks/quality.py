@@ -46,6 +46,7 @@ PARTS = ("ppl", "passkey", "pairs", "cloze", "chat", "ablation", "branches")
 MODEL_PARTS = PARTS[:5]
 BRANCHES = ("cmp", "slc", "swa")
 _COMPARED_TOKENS = 64
+_ANSWER_TOKENS = 16
 _TRAINING_FREE: dict[str, Any] = {"gate": "constant", "gate_constant": [0.0, 1.0, 0.0]}
 
 
@@ -54,7 +55,7 @@ class Sizes:
     """How much is asked.
 
     contexts: of perplexity, in tokens, of which the last num_targets of num_spans spans are scored.
-    lengths: of retrieval prompts, num_samples a depth. num_cloze items of context_words words.
+    lengths: of retrieval prompts with their answers, num_samples a depth. num_cloze items of context_words words.
     """
 
     contexts: tuple[int, ...] = (512, 2048, 8192, 16384)
@@ -93,7 +94,8 @@ class Evaluation:
         self.student: str | None = args.student
         self.out: Path | None = args.out
         self.base: str = args.base
-        self.max_len = max(*sizes.contexts, *sizes.lengths) + 256
+        # A token comes after a scored span; a question and its answer are of a length together.
+        self.max_len = max(max(sizes.contexts) + 1, *sizes.lengths)
         self.page_memory: str = args.page_memory
         self.texts = _read_books(args.heldout)
         self.section = _nsa_section(self.student or DEFAULT_MODEL)
@@ -212,13 +214,13 @@ class Evaluation:
         """Return accuracy of greedy answers by length, in all and by depth."""
         found: dict[str, Any] = {}
         books = self.books(llm)
-        params = SamplingParams(temperature=0.0, max_tokens=10)
+        params = SamplingParams(temperature=0.0, max_tokens=_ANSWER_TOKENS)
         for length in self.sizes.lengths:
             items: list[Retrieval] = make_retrievals(
                 kind,
                 llm.tokenizer,
                 books,
-                length=length,
+                length=length - _ANSWER_TOKENS,
                 num_samples=self.sizes.num_samples,
                 seed=2,
             )

@@ -83,6 +83,42 @@ def nsa_branches(
     return o_cmp, o_slc, o_swa
 
 
+def selection_loss(q: Tensor, k: Tensor, spec: NSASpec, queries: Tensor, *, scale: float) -> Tensor:
+    """Compare what selection goes by with full attention, for some queries: a scalar.
+
+    q [B, T, HQ, D], k [B, T, H, D], queries int64 [P]. The target is the probability that full
+    attention gives to each block, as the mean over a group's heads; the prediction is the block
+    scores from the compressed keys. Both are taken over the blocks that are not chosen anyway,
+    normalized, and compared by KL(target || prediction), each query and group weighted by the
+    target's share there. Only the prediction has a gradient.
+    """
+    num_heads = k.shape[2]
+    num_blocks = -(-k.shape[1] // spec.block_size)
+    t, block = queries[:, None], torch.arange(num_blocks, device=q.device)
+    current = t // spec.block_size
+    is_open = (block >= spec.num_init_blocks) & (block <= current - spec.num_local_blocks)
+    heads = widen(q[:, queries]).unflatten(2, (num_heads, -1))  # [B, P, H, G, D]
+    with torch.no_grad():
+        logits = torch.einsum("bphgd,bshd->bhgps", heads, widen(k)) * scale
+        key = torch.arange(k.shape[1], device=q.device)
+        p = logits.masked_fill_(key > t, -torch.inf).softmax(dim=-1).mean(dim=2)  # [B, H, P, T]
+        blocks = F.pad(p, (0, num_blocks * spec.block_size - k.shape[1]))
+        target = blocks.unflatten(-1, (num_blocks, -1)).sum(dim=-1) * is_open
+        weight = target.sum(dim=-1)
+    k_cmp = compress_mean(k, spec)
+    logits = torch.einsum("bphgd,bnhd->bhgpn", heads, widen(k_cmp)) * scale
+    last = torch.arange(k_cmp.shape[1], device=q.device) * spec.cmp_stride + spec.cmp_len - 1
+    # Not -inf: a query that sees no window would be NaN. It has no open block either.
+    logits = logits.masked_fill(last > t, torch.finfo(logits.dtype).min)
+    scores = block_scores(logits.softmax(dim=-1).sum(dim=2), num_blocks, spec) * is_open
+    tiny = torch.finfo(scores.dtype).tiny
+    predicted = (scores / scores.sum(dim=-1, keepdim=True).clamp_min(tiny)).clamp_min(1e-12)
+    target = target / weight.clamp_min(tiny)[..., None]
+    kl = torch.special.xlogy(target, target) - torch.special.xlogy(target, predicted)
+    loss: Tensor = (kl.sum(dim=-1) * weight).mean()
+    return loss
+
+
 def compress_mean(x: Tensor, spec: NSASpec) -> Tensor:
     """Average every complete window: [B, T, H, D] -> [B, N, H, D] in the dtype of x.
 

@@ -59,8 +59,8 @@ def write_adapter(
     return num_bytes
 
 
-def adapter_weights(student: Student) -> dict[str, Tensor]:
-    """Return the trained numbers under their names in the adapter, bf16 on the CPU."""
+def adapter_parameters(student: Student) -> dict[str, Tensor]:
+    """Return what is trained under its names in the adapter."""
     weights: dict[str, Tensor] = {}
     for index, updates in enumerate(student.updates):
         prefix = f"model.layers.{index}.self_attn."
@@ -69,10 +69,36 @@ def adapter_weights(student: Student) -> dict[str, Tensor]:
             weights[f"{prefix}{name}_proj.lora_b"] = updates.b[name]
         weights[prefix + "g_proj.weight"] = updates.gate_weight
         weights[prefix + "g_proj.bias"] = updates.gate_bias
+    return weights
+
+
+def adapter_weights(student: Student) -> dict[str, Tensor]:
+    """Return the trained numbers under their names in the adapter, bf16 on the CPU."""
     return {
         name: value.detach().to("cpu", torch.bfloat16).contiguous()
-        for name, value in weights.items()
+        for name, value in adapter_parameters(student).items()
     }
+
+
+def read_adapter(folder: Path, student: Student) -> None:
+    """Start the student from the numbers that `write_adapter` wrote.
+
+    Raises SystemExit when there are none, or when they are of a student of another shape.
+    """
+    path = folder / ADAPTER
+    if not path.is_file():
+        raise SystemExit(f"{path} is missing: expected the adapter folder of a run of train.py")
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        for name, parameter in adapter_parameters(student).items():
+            if name not in file.keys():  # noqa: SIM118
+                raise SystemExit(f"{path}: expected {name}, found nothing")
+            value = file.get_tensor(name)
+            if value.shape != parameter.shape:
+                raise SystemExit(
+                    f"{path}: expected {name} {list(parameter.shape)}, found {list(value.shape)}; "
+                    "give the --rank that it was trained with"
+                )
+            parameter.copy_(value)
 
 
 def save_checkpoint(

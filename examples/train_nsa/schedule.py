@@ -81,12 +81,33 @@ PHASES = (
     ),
 )
 
+# For a student that exists (--init): most rows ask for codes in up to 16k tokens.
+RETRIEVAL_PHASES = (
+    Phase(
+        "retrieval",
+        1.0,
+        0.0,
+        (
+            Source("books", 2048, 0.06),
+            Source("books", 8192, 0.14),
+            Source("books", 16384, 0.10),
+            Source("chat", 2048, 0.10),
+            Source("retrieval", 2048, 0.04),
+            Source("retrieval", 4096, 0.06),
+            Source("retrieval", 8192, 0.18),
+            Source("retrieval", 16384, 0.32),
+        ),
+    ),
+)
+
 # The same three phases at a hundredth of the length, for a CPU.
 TINY_PHASES = (
     Phase("warm-up", 0.3, 1.0, (Source("books", 96, 0.5), Source("text", 96, 0.5))),
     Phase("main", 0.4, 0.0, (Source("books", 160, 0.5), Source("text", 160, 0.5))),
     Phase("long", 0.3, 0.0, (Source("books", 480, 0.5), Source("text", 480, 0.5))),
 )
+
+SCHEDULES = {"full": PHASES, "retrieval": RETRIEVAL_PHASES, "tiny": TINY_PHASES}
 
 
 class Clock:

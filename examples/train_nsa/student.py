@@ -17,7 +17,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from attention import Backend, nsa_branches
+from attention import Backend, nsa_branches, selection_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -69,11 +69,13 @@ class Output:
 
     hidden [B, T, hidden]: after the final norm. shares [L, 3]: of the output norm, by branch. mse:
     mean over layers of |attention - teacher's|^2 / |teacher's|^2; 0 where there was no teacher.
+    selection: mean over layers of `attention.selection_loss`; 0 where no queries were given.
     """
 
     hidden: Tensor
     shares: Tensor
     mse: Tensor
+    selection: Tensor
 
 
 def open_base(name: str, device: torch.device, dtype: torch.dtype) -> Base:
@@ -197,23 +199,35 @@ class Student(nn.Module):
         """What is trained, by layer."""
         return cast(list[Updates], list(self.layers))
 
-    def forward(self, ids: Tensor, teacher_attention: list[Tensor] | None = None) -> Output:
-        """Run ids [B, T] int64; `teacher_attention` is what `teacher` returned for them."""
+    def forward(
+        self,
+        ids: Tensor,
+        teacher_attention: list[Tensor] | None = None,
+        *,
+        probes: Tensor | None = None,
+    ) -> Output:
+        """Run ids [B, T] int64.
+
+        teacher_attention: what `teacher` returned for them. probes: int64 [P], the queries whose
+        selection is compared with full attention.
+        """
         x = F.embedding(ids, self.base.weights[EMBEDDING])
         rotary = _at(self.rotary, ids.shape[1])
-        shares, errors = [], []
+        shares, errors, selections = [], [], []
         for index in range(self.config.num_layers):
             theirs = None if teacher_attention is None else teacher_attention[index]
             if self.use_checkpoints and torch.is_grad_enabled():
-                x, share, error = checkpoint(
-                    self._layer, index, x, rotary, theirs, use_reentrant=False
+                x, share, error, selection = checkpoint(
+                    self._layer, index, x, rotary, theirs, probes, use_reentrant=False
                 )
             else:
-                x, share, error = self._layer(index, x, rotary, theirs)
+                x, share, error, selection = self._layer(index, x, rotary, theirs, probes)
             shares.append(share)
             errors.append(error)
+            selections.append(selection)
         hidden = self._norm(x, FINAL_NORM)
-        return Output(hidden, torch.stack(shares), torch.stack(errors).mean())
+        means = (torch.stack(items).mean() for items in (errors, selections))
+        return Output(hidden, torch.stack(shares), *means)
 
     @torch.no_grad()
     def teacher(self, ids: Tensor, *, keep_attention: bool = False) -> tuple[Tensor, list[Tensor]]:
@@ -262,8 +276,9 @@ class Student(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         teacher_attention: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the layer's output, its branches' shares [3] and its squared error."""
+        probes: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the layer's output, its branches' shares [3], squared and selection error."""
         updates, config = self.updates[index], self.config
         normed = self._norm(x, f"model.layers.{index}.input_layernorm.weight")
         weights = [updates.merged(name, self._weight(index, name)) for name in PROJECTIONS]
@@ -271,14 +286,9 @@ class Student(nn.Module):
         sizes = [len(weight) for weight in weights[:3]] + [3 * config.num_q_heads]
         q, k, v, logits = F.linear(normed, matrix).split(sizes, dim=-1)
         q, k, v = (self._heads(item) for item in (q, k, v))
-        branches = nsa_branches(
-            apply_rotary(q, rotary),
-            apply_rotary(k, rotary),
-            v,
-            config.nsa,
-            scale=config.softmax_scale,
-            backend=self.backend,
-        )
+        q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        scale = config.softmax_scale
+        branches = nsa_branches(q, k, v, config.nsa, scale=scale, backend=self.backend)
         gates = torch.sigmoid(logits.float() + updates.gate_bias)
         gates = gates.unflatten(-1, (config.num_q_heads, 3)).to(self.dtype)
         gated = [o * gates[..., i, None] for i, o in enumerate(branches)]  # [B, T, HQ, D]
@@ -288,7 +298,10 @@ class Student(nn.Module):
         if teacher_attention is not None:
             theirs = teacher_attention.float()
             error = (attention.float() - theirs).square().mean() / theirs.square().mean()
-        return self._mlp(index, x + attention), shares, error
+        selection = torch.zeros((), device=x.device)
+        if probes is not None:
+            selection = selection_loss(q, k, config.nsa, probes, scale=scale)
+        return self._mlp(index, x + attention), shares, error, selection
 
     def _mlp(self, index: int, x: Tensor) -> Tensor:
         prefix = f"model.layers.{index}."

@@ -27,14 +27,14 @@ from export import (
     SETTINGS,
     load_checkpoint,
     make_student,
+    read_adapter,
     save_checkpoint,
     write_adapter,
 )
 from losses import head_loss, share_floor
 from numpy.typing import NDArray
 from schedule import (
-    PHASES,
-    TINY_PHASES,
+    SCHEDULES,
     Clock,
     Phase,
     Source,
@@ -51,6 +51,9 @@ from nsa_serve.model_source import BUILT_IN_MODELS, read_asset
 
 MAX_BAD_STEPS = 5
 """Steps in a row without a finite gradient after which training stops."""
+
+NUM_PROBES = 256
+"""Queries of a row whose selection is compared with full attention."""
 
 AMPLE_GIB = 64
 """Memory of a GPU in which what 32k tokens leave for the backward pass fits (README.md)."""
@@ -114,11 +117,13 @@ class Trainer:
         )
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         self.corpus: Corpus = open_corpus(args.data, tokens_per_batch=args.tokens_per_batch)
-        phases = usable_phases(TINY_PHASES if args.tiny else PHASES, self.corpus.kinds)
+        phases = usable_phases(SCHEDULES[args.schedule], self.corpus.kinds)
         if args.longest is not None:
             phases = [shorten(phase, args.longest) for phase in phases]
         self.phases = [fit(phase, self.student.config.max_position_embeddings) for phase in phases]
         self.step, elapsed_s = 0, 0.0
+        if args.init is not None:
+            read_adapter(args.init, self.student)
         if args.resume:
             state = load_checkpoint(args.out / CHECKPOINT, self.student, self.optimizer)
             self.step, elapsed_s = state["step"], state["elapsed_s"]
@@ -223,7 +228,7 @@ class Trainer:
         theirs, kept = None, None
         if has_teacher:
             theirs, kept = student.teacher(ids, keep_attention=phase.mse_weight > 0)
-        output = student(ids, kept or None)
+        output = student(ids, kept or None, probes=self._probes(source))
         loss = head_loss(
             output.hidden,
             student.head,
@@ -235,6 +240,7 @@ class Trainer:
         )
         floor = share_floor(output.shares, args.share_floor)
         total = loss.total + phase.mse_weight * output.mse + args.share_weight * floor
+        total = total + args.selection_weight * output.selection
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
         self.ranks.average_gradients(self.parameters)
@@ -258,12 +264,25 @@ class Trainer:
             "ce": float(loss.ce),
             "mse": float(output.mse.detach()) if kept else None,
             "share_floor": float(floor.detach()),
+            "selection": float(output.selection.detach()) if args.selection_weight else None,
             "shares": [round(x, 4) for x in shares.mean(dim=0).tolist()],
             "least_shares": [round(x, 4) for x in shares.amin(dim=0).tolist()],
             "gradient_norm": float(norm),
             "is_finite": is_finite,
             "lr": self.peaks[1] * factor,
         }
+
+    def _probes(self, source: Source) -> Tensor | None:
+        """Return the queries whose selection is trained: int64 [P], the same in all ranks."""
+        if not self.args.selection_weight:
+            return None
+        rng = np.random.default_rng([self.args.seed, self.step, 0])
+        probes = rng.integers(source.length // 4, source.length, NUM_PROBES)
+        if source.kind == "retrieval":
+            # The questions and answers are at the end.
+            num_last = min(source.length, NUM_PROBES * 3 // 4)
+            probes[:num_last] = np.arange(source.length - num_last, source.length)
+        return torch.from_numpy(probes).to(self.ranks.device)
 
     def _ce_weight(self, source: Source, *, has_teacher: bool) -> float:
         """Return the weight of the next-token loss; what the teacher wrote itself has none."""
@@ -284,10 +303,13 @@ class Trainer:
         log.flush()
         if is_new or entry["step"] % self.args.print_every == 0:
             name = "ce" if entry["kl"] is None else "kl"
+            found = entry["selection"]
+            selection = "" if found is None else f"selection {found:.3f}, "
             self.say(
                 f"{entry['progress']:6.1%} step {entry['step']:5} {entry['phase']:8}"
                 f"{source.kind:>9} {source.length:5}: {name} {entry[name]:.4f}, shares "
-                f"{'/'.join(f'{x:.2f}' for x in entry['shares'])}, {step_s:.2f} s a step, "
+                f"{'/'.join(f'{x:.2f}' for x in entry['shares'])}, "
+                f"{selection}{step_s:.2f} s a step, "
                 f"{entry['tokens_per_s']} tokens/s{self._memory()}"
             )
 
@@ -426,6 +448,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--data", type=Path, required=True, help="what data.py wrote")
     add("--out", type=Path, required=True, help="folder of the run")
     add("--base", default=DEFAULT_MODEL, help="a built-in model's base, a .gguf file or a folder")
+    add("--init", type=Path, help="adapter folder of an earlier run to start from")
+    add(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="full",
+        help="which rows, when (schedule.py; default: full, or tiny with --tiny)",
+    )
     add("--rope", default="theta:250000", help="yarn:FACTOR, theta:NUMBER or none")
     add("--max-length", type=int, default=32768, help="the student's context, unless yarn says it")
     add("--minutes", type=float, help="wall time of training; the recipe scales (default: 10)")
@@ -440,6 +469,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--ce-mix", type=float, default=0.2, help="of it beside a teacher, on books and texts")
     add("--share-floor", type=float, default=0.1, help="below it a branch is pushed up")
     add("--share-weight", type=float, default=0.2, help="of that push")
+    add(
+        "--selection-weight",
+        type=float,
+        default=0.0,
+        help="of the error of the block scores against full attention (default: not computed)",
+    )
     add("--tokens-per-batch", type=int, default=32768, help="of each GPU")
     add("--loss-tokens", type=int, help="of a batch, chosen by chance (default: all that count)")
     add("--longest", type=int, help="longer rows of the schedule are made as short as this")
@@ -468,7 +503,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     first, _ = parser.parse_known_args(arguments)
     if first.tiny:
-        parser.set_defaults(rank=4, lr=2e-2, tokens_per_batch=960, print_every=5)
+        parser.set_defaults(schedule="tiny", rank=4, lr=2e-2, tokens_per_batch=960, print_every=5)
     args = parser.parse_args(arguments)
     if args.steps is not None and args.minutes is not None:
         parser.error("--steps and --minutes both say when to end: leave one out")

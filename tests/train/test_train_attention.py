@@ -211,3 +211,42 @@ def check_gradients(
         for x, y, like in zip(got, want, inputs, strict=True):
             x, y = (torch.zeros_like(like) if g is None else g for g in (x, y))
             torch.testing.assert_close(x, y, atol=tolerance, rtol=tolerance)
+
+
+def test_the_selection_loss_is_the_divergence_from_full_attention() -> None:
+    """By loops over the queries and groups of one row, with the reference's block scores."""
+    q, k, _ = make(1, 449, 3)
+    scale, positions, size = q.shape[-1] ** -0.5, torch.arange(449), SMALL.block_size
+    probes = torch.tensor([5, 130, 257, 448])
+    k_cmp = reference.compress_mean(k[0], SMALL)
+    _, lse = reference.cmp_attention(q[0], k_cmp, k_cmp, positions, SMALL, softmax_scale=scale)
+    scores = reference.block_scores(
+        q[0], k_cmp, lse, positions, SMALL, softmax_scale=scale, num_blocks=8
+    )
+    total = 0.0
+    for t in probes.tolist():
+        first, last = SMALL.num_init_blocks, t // size - SMALL.num_local_blocks
+        if last < first:
+            continue
+        for head in range(HEADS[1]):
+            heads = q[0, t, 3 * head : 3 * head + 3]
+            p = ((heads @ k[0, : t + 1, head].T) * scale).softmax(dim=-1).mean(dim=0)
+            mass = torch.stack([p[b * size : (b + 1) * size].sum() for b in range(first, last + 1)])
+            found = scores[t, head, first : last + 1]
+            share, predicted = mass / mass.sum(), found / found.sum()
+            total += float(mass.sum() * (share * (share / predicted).log()).sum())
+    got = attention.selection_loss(q, k, SMALL, probes, scale=scale)
+    assert float(got) == pytest.approx(total / (len(probes) * HEADS[1]), rel=1e-4)
+    assert float(got) > 0.01
+
+
+def test_the_selection_loss_moves_the_scores_towards_full_attention() -> None:
+    """Its gradient reaches queries and keys, is finite, and makes it smaller."""
+    q, k, _ = (x.requires_grad_() for x in make(2, 449, 4))
+    probes = torch.arange(0, 449, 7)
+    before = attention.selection_loss(q, k, SMALL, probes, scale=0.25)
+    dq, dk = torch.autograd.grad(before, (q, k))
+    assert dq.isfinite().all() and dk.isfinite().all() and dq.abs().sum() > 0
+    with torch.no_grad():
+        after = attention.selection_loss(q - 20.0 * dq, k - 20.0 * dk, SMALL, probes, scale=0.25)
+    assert after < before

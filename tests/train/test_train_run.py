@@ -111,6 +111,28 @@ def test_a_run_goes_on_where_it_stopped(root: Path, monkeypatch: pytest.MonkeyPa
     assert (root / "again" / export.ADAPTER).read_bytes() == parts
 
 
+def test_a_run_starts_from_an_adapter(root: Path) -> None:
+    """One step without learning gives the same numbers again; another rank is refused."""
+    start(root, "first", "--steps", "2")
+    start(root, "second", "--steps", "1", "--lr", "0", "--init", str(root / "first" / "adapter"))
+    first, second = (
+        (root / name / "adapter" / export.ADAPTER).read_bytes() for name in ("first", "second")
+    )
+    assert first == second
+    with pytest.raises(SystemExit, match="--rank"):
+        start(root, "third", "--rank", "2", "--init", str(root / "first" / "adapter"))
+    with pytest.raises(SystemExit, match="adapter folder"):
+        start(root, "third", "--init", str(root / "data"))
+
+
+def test_selection_is_trained_where_that_is_asked_for(root: Path) -> None:
+    start(root, "unasked", "--steps", "1")
+    start(root, "asked", "--selection-weight", "3")
+    assert read_log(root / "unasked")[0]["selection"] is None
+    values = [entry["selection"] for entry in read_log(root / "asked") if entry["length"] == 480]
+    assert len(values) > 4 and np.mean(values[-2:]) < np.mean(values[:2])
+
+
 def test_time_is_never_overrun() -> None:
     clock = Clock(100.0, None, elapsed_s=95.0)
     assert clock.progress(3, 1.0) == pytest.approx(0.95, abs=0.01)
