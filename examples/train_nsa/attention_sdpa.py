@@ -24,7 +24,8 @@ def sdpa_attention(
     """Attend by a rule: q [B, T, HQ, D], k and v [B, K, H, D] -> o like q, lse [B, HQ, T].
 
     lse, fp32 and without gradient, is that of "cmp" alone, since nothing else uses one; for the
-    other branches it is empty, [B, HQ, 0].
+    other branches it is empty, [B, HQ, 0]. Not for CUDA: PyTorch 2.11's fused attention gave 0 for
+    the last query there where T % 64 was 1, with a mask that heads share (train.py refuses it).
     """
     num_tokens = q.shape[1]
     size = WINDOW_CHUNK if rule.branch == "swa" else CHUNK
@@ -60,7 +61,8 @@ def _chunk(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> Te
     o = F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask, scale=scale)
     o = o.unflatten(0, (num_rows, num_kv_heads)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     sees_any = visible.any(dim=-1)[:, :1].transpose(1, 2)[..., None]  # [B or 1, Tq, 1, 1]
-    return o * sees_any
+    masked: Tensor = o * sees_any
+    return masked
 
 
 @torch.no_grad()

@@ -512,6 +512,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             args.steps = 30
         else:
             args.minutes = 10.0
+    if args.attention == "sdpa" and args.device == "cuda":
+        parser.error(
+            "--attention sdpa is for CPUs: PyTorch 2.11 computes some last queries as 0 on a GPU "
+            "with such masks; use triton or plain"
+        )
     args.attention = args.attention or ("triton" if args.device == "cuda" else "sdpa")
     args.dtype = args.dtype or ("bfloat16" if args.device == "cuda" else "float32")
     if args.recompute is None:

@@ -15,6 +15,12 @@ from nsa_kernels.spec import NSASpec
 from tests.kernels.conftest import _repaired_interpreter  # noqa: F401
 from tests.kernels.gpu_util import DEVICE
 
+
+def place(backend: str) -> str:
+    """Where a way to attend is tested; "sdpa" is for CPUs."""
+    return "cpu" if backend == "sdpa" else DEVICE
+
+
 # Sums of up to 300 products in fp32, in another order.
 TOLERANCE = 2e-5
 # Small, with several blocks to choose from; and the default model's, of 16 blocks.
@@ -49,7 +55,10 @@ def want(q: Tensor, k: Tensor, v: Tensor, spec: NSASpec) -> tuple[list[Tensor], 
 def test_branches_are_the_references(num_tokens: int, backend: attention.Backend) -> None:
     q, k, v = make(2, num_tokens, num_tokens)
     got = nsa_branches(
-        *(x.to(DEVICE) for x in (q, k, v)), SMALL, scale=q.shape[-1] ** -0.5, backend=backend
+        *(x.to(place(backend)) for x in (q, k, v)),
+        SMALL,
+        scale=q.shape[-1] ** -0.5,
+        backend=backend,
     )
     for row in range(2):
         for name, theirs, ours in zip(
@@ -74,7 +83,7 @@ def test_the_best_blocks_are_chosen(backend: attention.Backend) -> None:
     """Of 19 blocks 16; compared by score, since sums in another order decide near ties."""
     q, k, _ = make(1, 1201, 5)
     k_cmp = attention.compress_mean(k, DEFAULT)
-    q, k_cmp = q.to(DEVICE), k_cmp.to(DEVICE)
+    q, k_cmp = q.to(place(backend)), k_cmp.to(place(backend))
     rule = attention.Rule("cmp", DEFAULT)
     _, lse = attention.attend(q, k_cmp, k_cmp, rule, scale=0.25, backend=backend)
     got = attention.select(q, k_cmp, lse, DEFAULT, scale=0.25, backend=backend)[0].cpu()
@@ -114,7 +123,7 @@ def test_fused_gradients_are_the_naive_ones(
     # So that there are several chunks.
     monkeypatch.setattr(attention_sdpa, "CHUNK", 128)
     monkeypatch.setattr(attention_sdpa, "WINDOW_CHUNK", 48)
-    inputs = [x.to(DEVICE).requires_grad_() for x in make(2, num_tokens)]
+    inputs = [x.to(place(backend)).requires_grad_() for x in make(2, num_tokens)]
     outputs = nsa_branches(*inputs, SMALL, scale=0.25, backend=backend)
     theirs = naive(inputs, selection(inputs))
     weights = [torch.randn_like(x) for x in outputs]
@@ -124,7 +133,7 @@ def test_fused_gradients_are_the_naive_ones(
 @pytest.mark.parametrize("backend", ["sdpa", "triton"])
 def test_bf16_is_near_fp32(backend: attention.Backend) -> None:
     """As training runs them, values and gradients."""
-    inputs = [x.to(DEVICE, torch.bfloat16).requires_grad_() for x in make(1, 200, dim=64)]
+    inputs = [x.to(place(backend), torch.bfloat16).requires_grad_() for x in make(1, 200, dim=64)]
     chosen = selection(inputs)
     rules = [attention.Rule("slc", SMALL, chosen), attention.Rule("swa", SMALL)]
     for rule in rules:
