@@ -6,12 +6,46 @@ n tokens that count, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK_LOGITS = 1 << 27
 """Most logits that exist at once (512 MiB in fp32; about five such arrays do)."""
+
+
+NUM_ANCHORS = 8192
+"""Tokens of a batch of "retrieval" on which the student is held to its teacher."""
+
+
+def split_weight(
+    kind: str, weight: NDArray[np.float32], context: int, rng: np.random.Generator
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return which predictions are the teacher's to teach, and which the text's own: [B, T] each.
+
+    weight [B, T]: of the batch. The teacher reads the first `context` tokens of a row. Of
+    "retrieval", whose weight is on the answers, the text teaches the answers, and the teacher some
+    of the rest, so that the student stays what it was off them. Of other kinds the text teaches
+    what comes after the teacher's context.
+    """
+    taught, own = weight.copy(), weight.copy()
+    if kind == "retrieval":
+        taught = (weight == 0.0).astype(np.float32)
+    taught[:, context:] = 0.0
+    if kind == "retrieval":
+        thin_out(taught, NUM_ANCHORS, rng)
+    else:
+        own[:, :context] = 0.0
+    return taught, own
+
+
+def thin_out(weight: NDArray[np.float32], count: int, rng: np.random.Generator) -> None:
+    """Leave `count` of the weights [B, T] that are not 0, in place."""
+    places = np.flatnonzero(weight)
+    if len(places) > count:
+        weight.flat[rng.permutation(places)[count:]] = 0.0
 
 
 @dataclass(frozen=True, slots=True)

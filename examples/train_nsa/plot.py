@@ -29,7 +29,7 @@ def draw(log: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     (kl, ce), (shares, rates) = axes
     _losses(kl, log, "kl", "KL from the teacher (nats a token)")
-    _losses(ce, [e for e in log if e["kl"] is None], "ce", "Next-token loss (nats a token)")
+    _losses(ce, [e for e in log if e["ce"] is not None], "ce", "Next-token loss (nats a token)")
     steps = [entry["step"] for entry in log]
     for index, branch in enumerate(BRANCHES):
         mean = [entry["shares"][index] for entry in log]

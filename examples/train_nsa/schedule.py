@@ -8,7 +8,7 @@ import bisect
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,8 +32,8 @@ class Source:
 class Phase:
     """A part of the training.
 
-    share: of the whole. mse_weight: of the error of each layer's attention. Where the teacher can
-    read a row the loss is KL(teacher || student), else, and for retrieval, that of the next token.
+    share: of the whole. mse_weight: of the error of each layer's attention. Which predictions the
+    teacher teaches and which the text itself: `losses.split_weight`.
     """
 
     name: str
@@ -55,10 +55,10 @@ PHASES = (
         0.0,
         (
             Source("books", 2048, 0.10),
-            Source("books", 4096, 0.15),
+            Source("books", 4096, 0.10),
             Source("books", 8192, 0.30),
             Source("text", 2048, 0.10),
-            Source("chat", 2048, 0.15),
+            Source("chat", 2048, 0.20),
             Source("retrieval", 4096, 0.075),
             Source("retrieval", 8192, 0.125),
         ),
@@ -69,33 +69,12 @@ PHASES = (
         0.0,
         (
             Source("books", 2048, 0.10),
-            Source("books", 8192, 0.20),
-            Source("books", 16384, 0.15),
-            Source("books", 32768, 0.10),
-            Source("chat", 2048, 0.10),
+            Source("books", 8192, 0.15),
+            Source("books", 16384, 0.20),
+            Source("chat", 2048, 0.20),
             Source("retrieval", 2048, 0.025),
-            Source("retrieval", 8192, 0.075),
-            Source("retrieval", 16384, 0.125),
-            Source("retrieval", 32768, 0.125),
-        ),
-    ),
-)
-
-# For a student that exists (--init): most rows ask for codes in up to 16k tokens.
-RETRIEVAL_PHASES = (
-    Phase(
-        "retrieval",
-        1.0,
-        0.0,
-        (
-            Source("books", 2048, 0.06),
-            Source("books", 8192, 0.14),
-            Source("books", 16384, 0.10),
-            Source("chat", 2048, 0.10),
-            Source("retrieval", 2048, 0.04),
-            Source("retrieval", 4096, 0.06),
-            Source("retrieval", 8192, 0.18),
-            Source("retrieval", 16384, 0.32),
+            Source("retrieval", 8192, 0.10),
+            Source("retrieval", 16384, 0.225),
         ),
     ),
 )
@@ -106,8 +85,6 @@ TINY_PHASES = (
     Phase("main", 0.4, 0.0, (Source("books", 160, 0.5), Source("text", 160, 0.5))),
     Phase("long", 0.3, 0.0, (Source("books", 480, 0.5), Source("text", 480, 0.5))),
 )
-
-SCHEDULES = {"full": PHASES, "retrieval": RETRIEVAL_PHASES, "tiny": TINY_PHASES}
 
 
 class Clock:
@@ -157,6 +134,35 @@ def usable_phases(phases: Sequence[Phase], kinds: Sequence[str]) -> list[Phase]:
     if missing:
         print(f"no data of kind {', '.join(sorted(missing))}: the others take its share")
     return result
+
+
+def fit(phase: Phase, context: int) -> Phase:
+    """Leave out what is longer than the student's context."""
+    sources = tuple(source for source in phase.sources if source.length <= context)
+    if not sources:
+        raise SystemExit(
+            f"phase {phase.name} has no rows of {context} tokens or less, which is the student's "
+            "context: raise --max-length, or use --rope yarn:4"
+        )
+    return Phase(phase.name, phase.share, phase.mse_weight, sources)
+
+
+def shorten(phase: Phase, longest: int) -> Phase:
+    """Give longer rows a length of `longest`."""
+    sources = tuple(replace(source, length=min(source.length, longest)) for source in phase.sources)
+    return replace(phase, sources=sources)
+
+
+def pick_phases(phases: Sequence[Phase], names: Sequence[str] | None) -> list[Phase]:
+    """Return the phases of these names, or all. Raises SystemExit for a name that none has."""
+    known = {phase.name: phase for phase in phases}
+    if names is None:
+        return list(phases)
+    if unknown := set(names) - set(known):
+        raise SystemExit(
+            f"--phases: no phase is named {', '.join(sorted(unknown))}; {', '.join(known)} are"
+        )
+    return [known[name] for name in names]
 
 
 def choose(

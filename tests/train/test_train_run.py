@@ -8,6 +8,7 @@ from typing import Any
 
 import export
 import numpy as np
+import options
 import plot
 import pytest
 import schedule
@@ -49,7 +50,7 @@ def test_a_tiny_run_learns_and_writes_an_adapter(root: Path) -> None:
     adapter = root / "out" / "adapter"
     config = json.loads((adapter / "config.json").read_text())
     assert (adapter / config["base"]["path"]).resolve() == (root / "base").resolve()
-    assert config["nsa"]["gate"] == "linear" and config["model"]["max_position_embeddings"] == 32768
+    assert config["nsa"]["gate"] == "linear" and config["model"]["max_position_embeddings"] == 16384
     with safe_open(adapter / config["adapter"]["file"], framework="pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
         assert file.get_tensor("model.layers.1.self_attn.k_proj.lora_b").abs().sum() > 0
@@ -125,12 +126,16 @@ def test_a_run_starts_from_an_adapter(root: Path) -> None:
         start(root, "third", "--init", str(root / "data"))
 
 
-def test_selection_is_trained_where_that_is_asked_for(root: Path) -> None:
-    start(root, "unasked", "--steps", "1")
-    start(root, "asked", "--selection-weight", "3")
+def test_selection_is_trained_unless_its_weight_is_zero(root: Path) -> None:
+    runs = ("--phases", "long", "--steps", "2", "--selection-weight")
+    start(root, "unasked", *runs, "0")
+    start(root, "asked", *runs, "50")
     assert read_log(root / "unasked")[0]["selection"] is None
-    values = [entry["selection"] for entry in read_log(root / "asked") if entry["length"] == 480]
-    assert len(values) > 4 and np.mean(values[-2:]) < np.mean(values[:2])
+    assert read_log(root / "asked")[0]["selection"] > 0.01
+    asked, unasked = (
+        (root / name / "adapter" / export.ADAPTER).read_bytes() for name in ("asked", "unasked")
+    )
+    assert asked != unasked
 
 
 def test_time_is_never_overrun() -> None:
@@ -149,9 +154,18 @@ def test_phases_follow_progress_and_have_what_there_is() -> None:
     with pytest.raises(SystemExit, match="needs one of"):
         schedule.usable_phases(PHASES, ("retrieval",))
     with pytest.raises(SystemExit, match="raise --max-length"):
-        train.fit(Phase("x", 1.0, 0.0, (Source("books", 65, 1.0),)), 64)
+        schedule.fit(Phase("x", 1.0, 0.0, (Source("books", 65, 1.0),)), 64)
+    assert schedule.pick_phases(PHASES, ["long", "main"]) == [PHASES[2], PHASES[1]]
+    with pytest.raises(SystemExit, match="warm-up, main, long are"):
+        schedule.pick_phases(PHASES, ["short"])
     rates = [schedule.learning_rate(p) for p in (0.0, 0.03, 0.5, 1.0)]
     assert rates[0] < 0.05 and rates[1] == 1.0 and rates[3] == pytest.approx(schedule.FINAL_LR)
+
+
+def test_fused_attention_is_refused_on_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options.parse(["--data", "x", "--out", "y", "--device", "cuda", "--attention", "sdpa"])
+    assert "use triton or plain" in capsys.readouterr().err
 
 
 def test_a_log_becomes_a_picture(root: Path) -> None:

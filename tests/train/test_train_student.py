@@ -4,6 +4,7 @@ from pathlib import Path
 
 import export
 import losses
+import numpy as np
 import pytest
 import quality_branches
 import student as student_module
@@ -204,3 +205,34 @@ def test_what_cannot_be_trained_is_refused(base: Path, tmp_path: Path) -> None:
 def test_the_floor_counts_what_is_missing() -> None:
     shares = torch.tensor([[0.0, 0.95, 0.05], [0.1, 0.8, 0.1]])
     assert losses.share_floor(shares, 0.1).item() == pytest.approx(1.5 / 6)
+
+
+def test_the_selection_loss_can_be_trained_away(base: Path) -> None:
+    """Through the updates of q and k, on one batch."""
+    student, ids = make_student(base), make_ids(480)
+    optimizer = torch.optim.Adam(student.parameters(), lr=5e-3)
+    values = []
+    for _ in range(12):
+        loss = student(ids, probes=torch.arange(200, 480, 5)).selection
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append(float(loss.detach()))
+    assert values[-1] < 0.9 * values[0]
+
+
+def test_the_teacher_and_the_text_share_the_predictions() -> None:
+    """No prediction is both's, and none of a retrieval row's haystack is the text's."""
+    rng = np.random.default_rng(0)
+    books = np.ones((2, 12), dtype=np.float32)
+    taught, own = losses.split_weight("books", books, 8, rng)
+    assert taught[:, :8].all() and own[:, 8:].all() and (taught + own == books).all()
+    chat = np.zeros((1, 8), dtype=np.float32)
+    chat[0, 3:] = 1.0
+    taught, own = losses.split_weight("chat", chat, 8, rng)
+    assert (taught == chat).all() and not own.any()
+    answers = np.zeros((1, 20_000), dtype=np.float32)
+    answers[0, 4], answers[0, -3:] = 0.1, 1.0
+    taught, own = losses.split_weight("retrieval", answers, 16_000, rng)
+    assert (own == answers).all() and taught.sum() == losses.NUM_ANCHORS
+    assert not taught[answers > 0].any() and not taught[:, 16_000:].any()
