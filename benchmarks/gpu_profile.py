@@ -5,7 +5,7 @@
 
 Works on the Engine in this process: no server, no nsys. The wall time of a step is taken first,
 without the profiler, over the same number of steps; then torch.profiler records as many. Every
-figure is a step's, of prefill a step of one chunk of `--chunk` tokens.
+figure is a step's, of prefill a step of one chunk of `--chunk` tokens, of one prompt or of four.
 """
 
 import itertools
@@ -109,28 +109,34 @@ class ProfileBench:
         self.run_all()
         return {"rows": num_rows, "context": context, **stats}
 
-    def prefill(self, chunk: int, context: int, repeats: int = 3) -> dict[str, Any]:
-        """Profile a step that is one chunk, after `context` tokens of the same prompt."""
+    def prefill(
+        self, chunk: int, context: int, num_prompts: int = 1, repeats: int = 3
+    ) -> dict[str, Any]:
+        """Profile a step of one chunk: of one prompt after `context` tokens, or of several."""
         walls = []
         for number in range(repeats + 1):
-            self._start_prompt(chunk, context, f"prefill-{number}")
+            self._start_prompts(chunk, context, num_prompts, f"prefill-{number}")
             synchronize()
             start = time.perf_counter()
             self.run_all()
             walls.append((time.perf_counter() - start) * 1e6)
-        self._start_prompt(chunk, context, "prefill-traced")
-        spans = self.trace(f"prefill-{chunk}at{context}", self.run_all)
+        self._start_prompts(chunk, context, num_prompts, "prefill-traced")
+        spans = self.trace(f"prefill-{chunk}at{context}x{num_prompts}", self.run_all)
         # The first run may compile.
         stats = summarize(spans, 1, median(walls[1:]), num_top=_TOP)
-        return {"tokens": chunk, "context": context, **stats}
+        return {"tokens": chunk, "context": context, "prompts": num_prompts, **stats}
 
-    def _start_prompt(self, chunk: int, context: int, seed: str) -> None:
-        """Queue a prompt of which a chunk is left: what goes before it is in the prefix cache."""
-        prompt = make_prompt(chunk, context + chunk, self.engine.info.vocab_size, seed=seed)
-        if context:
-            self.add(prompt[:context], 1)
-            self.run_all()
-        self.add(prompt, 1)
+    def _start_prompts(self, chunk: int, context: int, num_prompts: int, seed: str) -> None:
+        """Queue prompts that are a chunk together: what goes before is in the prefix cache."""
+        num_tokens = chunk // num_prompts
+        for number in range(num_prompts):
+            prompt = make_prompt(
+                number, context + num_tokens, self.engine.info.vocab_size, seed=f"{seed}-{chunk}"
+            )
+            if context:
+                self.add(prompt[:context], 1)
+                self.run_all()
+            self.add(prompt, 1)
 
     def _steps(self, count: int) -> None:
         for _ in range(count):
@@ -163,7 +169,7 @@ def main() -> None:
             "model": str(write_model(folder / model.name, model.name, is_tiny=options.tiny)),
             "load_format": "dummy",
             "max_model_len": longest + 4 * options.steps + 4 * _WARM_STEPS,
-            "max_num_seqs": max(options.rows),
+            "max_num_seqs": max(4, *options.rows),
             "max_num_batched_tokens": options.chunk,
             **engine_options(options.option),
         }
@@ -188,10 +194,10 @@ def main() -> None:
             print(f"decode {options.context} x {num_rows} (weights alone: {floor:.0f} us)")
             print(table(stats), flush=True)
             write_result(options.out, result)
-        for context in (0, options.chunk):
-            stats = bench.prefill(options.chunk, context)
+        for context, num_prompts in ((0, 1), (options.chunk, 1), (0, 4)):
+            stats = bench.prefill(options.chunk, context, num_prompts)
             result["prefill"].append(stats)
-            print(f"prefill of {options.chunk} tokens after {context}")
+            print(f"prefill of {options.chunk} tokens after {context}, prompts: {num_prompts}")
             print(table(stats), flush=True)
             write_result(options.out, result)
         bench.engine.close()

@@ -55,7 +55,8 @@ class Sizes:
     """How much is asked.
 
     contexts: of perplexity, in tokens, of which the last num_targets of num_spans spans are scored.
-    lengths: of retrieval prompts with their answers, num_samples a depth. num_cloze items of context_words words.
+    lengths: of retrieval prompts with their answers, num_samples a depth. num_cloze items of
+    context_words words.
     """
 
     contexts: tuple[int, ...] = (512, 2048, 8192, 16384)

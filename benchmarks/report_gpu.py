@@ -34,6 +34,7 @@ def gpu_section(results: Path) -> str:
         ("gpu-decode*.json", _speed),
         ("gpu-profile*.json", _profile),
         ("gpu-serve*.json", _serving),
+        ("gpu-referee.json", _referee),
         ("gpu-start*.json", _start),
         ("gpu-fla*.json", _fla),
         ("gpu-soak*.json", _soak),
@@ -154,7 +155,7 @@ def _profile(results: list[dict[str, Any]], _paths: list[Path]) -> str:
                 size = (
                     f"decode {_context(row['context'])} x {row['rows']}"
                     if kind == "decode"
-                    else f"prefill {row['tokens']} after {row['context']}"
+                    else _prefill_name(row)
                 )
                 cells = [f"{result['model']}: {size}"]
                 cells += [f"{row[name]:,.0f}" for name in ("wall_us", "kernel_sum_us", "busy_us")]
@@ -167,6 +168,13 @@ def _profile(results: list[dict[str, Any]], _paths: list[Path]) -> str:
         parts.append(_kernels(result))
     parts += [f"{result['model']}: {_origin(result)}\n" for result in results]
     return "\n".join(parts)
+
+
+def _prefill_name(row: dict[str, Any]) -> str:
+    num_prompts = row.get("prompts", 1)
+    if num_prompts > 1:
+        return f"prefill {row['tokens'] // num_prompts} x {num_prompts}"
+    return f"prefill {row['tokens']} after {row['context']}"
 
 
 def _kernels(result: dict[str, Any], num_top: int = 12) -> str:
@@ -264,6 +272,36 @@ def _soak(results: list[dict[str, Any]], _paths: list[Path]) -> str:
             f"{'; '.join(result['failures']) or 'none'}. {result.get('note', '')}\n"
         )
     return "\n".join(parts)
+
+
+def _referee(results: list[dict[str, Any]], _paths: list[Path]) -> str:
+    (result,) = results
+    ours, theirs = (result["tools"][name]["result"] for name in ("nsa-client bench", "aiperf"))
+    first, gap = theirs["time_to_first_token"], theirs["inter_chunk_latency"]
+    rows = [
+        [
+            "`nsa-client bench`",
+            f"{ours['completed']}",
+            *(f"{ours[name]:.1f}" for name in ("median_ttft_ms", "p99_ttft_ms")),
+            *(f"{ours[name]:.2f}" for name in ("median_itl_ms", "mean_itl_ms")),
+        ],
+        [
+            f"aiperf {result['tools']['aiperf']['version']}",
+            f"{theirs['request_count']['avg']:.0f}",
+            *(f"{first[name]:.1f}" for name in ("p50", "p99")),
+            *(f"{gap[name]:.2f}" for name in ("p50", "avg")),
+        ],
+    ]
+    header = ["client", "answered", "TTFT p50, ms", "p99", "between chunks p50, ms", "mean"]
+    return (
+        "#### Another client\n\n"
+        f"One server of {result['model']} (`{result['server']}`), 96 prompts of 2048 tokens, 128 "
+        "of output, Poisson arrivals at 8 a second. aiperf divides by tokens of its own: random "
+        "ids make text that its tokenizer cuts into "
+        f"{theirs['output_sequence_length']['avg']:.0f} tokens instead of "
+        f"{theirs['usage_completion_tokens']['avg']:.0f}; so the time between "
+        f"chunks is compared. {_origin(result)}\n\n" + table(header, rows)
+    )
 
 
 def _start(results: list[dict[str, Any]], _paths: list[Path]) -> str:
