@@ -14,6 +14,7 @@ from typing import Any
 
 DEVICE_CATEGORIES = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 _MAX_NAME_CHARS = 72
+_NUM_GAPS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,27 @@ def union_length(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
+def longest_gaps(spans: Sequence[Span], count: int) -> list[dict[str, Any]]:
+    """Return the longest times in which nothing ran: how long, when, and between which kernels."""
+    ordered = sorted(spans, key=lambda span: span.start)
+    gaps = []
+    last = ordered[0] if ordered else None
+    for span in ordered[1:]:
+        assert last is not None
+        if span.start > last.end:
+            gaps.append(
+                {
+                    "us": span.start - last.end,
+                    "at_us": last.end - ordered[0].start,
+                    "after": short_name(last.name),
+                    "before": short_name(span.name),
+                }
+            )
+        if span.end > last.end:
+            last = span
+    return sorted(gaps, key=lambda gap: -gap["us"])[:count]
+
+
 def short_name(name: str) -> str:
     """Return a kernel's name without return type, namespaces, template and call arguments."""
     name = re.sub(r"^(void|static)\s+", "", name.strip())
@@ -64,7 +86,7 @@ def summarize(
 
     kernel_sum_us, busy_us: a step's sum and union. idle_share: of the time from the first kernel's
     start to the last one's end, in which none ran. wall_of_sum, wall_of_busy: 1 is a GPU that never
-    waits. top: kernels by time, their calls and microseconds a step.
+    waits. top: kernels by time, their calls and microseconds a step. gaps: see `longest_gaps`.
     """
     times: dict[str, list[float]] = defaultdict(list)
     for span in spans:
@@ -93,6 +115,7 @@ def summarize(
             }
             for name, values in ranked[:num_top]
         ],
+        "gaps": longest_gaps(spans, _NUM_GAPS),
     }
 
 
@@ -115,5 +138,10 @@ def table(stats: dict[str, Any], num_top: int = 15) -> str:
         f"  {top['share']:6.1%} {top['us_per_step']:9.1f} us  {top['calls_per_step']:7.1f} x "
         f"{top['us_per_call']:8.2f} us  {top['name']}"
         for top in stats["top"][:num_top]
+    ]
+    lines += [
+        f"  nothing for {gap['us']:.0f} us at {gap['at_us']:.0f}, between {gap['after']} and "
+        f"{gap['before']}"
+        for gap in stats["gaps"]
     ]
     return "\n".join(lines)

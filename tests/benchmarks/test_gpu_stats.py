@@ -57,7 +57,9 @@ def test_overlapping_kernels_are_busy_once() -> None:
     assert stats["wall_of_sum"] == pytest.approx(105 / 80)
     assert stats["wall_of_busy"] == pytest.approx(105 / 70)
     assert [(top["name"], top["calls_per_step"]) for top in stats["top"]] == [("a", 1), ("b", 1)]
-    assert "wall 105 us" in table(stats)
+    (gap,) = stats["gaps"]
+    assert gap == {"us": 30, "at_us": 70, "after": "b", "before": "a"}
+    assert "wall 105 us" in table(stats) and "nothing for 30 us at 70" in table(stats)
 
 
 def test_a_step_without_kernels_has_no_shares() -> None:
