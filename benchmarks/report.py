@@ -8,7 +8,9 @@ from typing import Any
 from report_api import api_section
 from report_gpu import gpu_section
 from report_kernels import kernel_section
-from report_quality import quality_section
+from report_quality import fill_card, quality_section
+
+from nsa_serve.config import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -93,7 +95,7 @@ def cpu_section(result: dict[str, Any]) -> str:
 
 
 def write_report() -> None:
-    """Write docs/performance.md."""
+    """Write docs/performance.md, and the figures of the default model's card."""
     parts = [
         "# Performance",
         "",
@@ -106,6 +108,10 @@ def write_report() -> None:
     sections = (quality_section, api_section, gpu_section, kernel_section)
     parts += [text for section in sections if (text := section(RESULTS))]
     (ROOT / "docs" / "performance.md").write_text("\n".join(parts))
+    quality = RESULTS / "quality.json"
+    if quality.is_file():
+        card = ROOT / "nsa_serve" / "assets" / DEFAULT_MODEL / "README.md"
+        card.write_text(fill_card(card.read_text(), json.loads(quality.read_text())))
 
 
 if __name__ == "__main__":

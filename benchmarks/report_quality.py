@@ -74,6 +74,22 @@ def chat_section(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def fill_card(text: str, result: dict[str, Any]) -> str:
+    """Return a model card whose generated parts are those of a result.
+
+    They stand between `<!-- NAME -->` and `<!-- end of NAME -->`, NAME being "figures" and "chats".
+    Raises ValueError where a mark is missing.
+    """
+    for name, part in (("figures", quality_tables(result)), ("chats", chat_section(result))):
+        first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, found, rest = text.partition(first)
+        _, also_found, after = rest.partition(last)
+        if not found or not also_found:
+            raise ValueError(f"the model card has no {first} with {last} after it")
+        text = f"{before}{first}\n\n{part.strip()}\n\n{last}{after}"
+    return text
+
+
 def _by_size(
     rows: dict[str, Any], part: str, sizes: list[int], figure: str, form: str
 ) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import quality
-from report_quality import chat_section, quality_section
+from report_quality import chat_section, fill_card, quality_section
 
 PROSE = "The old man went to the sea. He said nothing! And why should he?\nNobody asked him. "
 
@@ -87,3 +87,13 @@ def test_a_part_that_fails_is_reported(heldout: Path, monkeypatch: pytest.Monkey
 def test_wrong_options_are_named(heldout: Path, options: list[str], message: str) -> None:
     with pytest.raises(SystemExit, match=message):
         quality.main(["--heldout", str(heldout), "--tiny", *options])
+
+
+def test_a_model_card_is_filled_in_again_and_again(result: dict[str, Any]) -> None:
+    text = "# A\n\n<!-- figures -->\nold\n<!-- end of figures -->\n\nB\n<!-- chats -->"
+    with pytest.raises(ValueError, match="chats"):
+        fill_card(text, result)
+    once = fill_card(text + "<!-- end of chats -->\nC\n", result)
+    assert "old" not in once and "| training-free |" in once and "**What is the capital" in once
+    assert once.startswith("# A") and once.endswith("C\n")
+    assert fill_card(once, result) == once
