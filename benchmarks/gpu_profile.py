@@ -11,7 +11,8 @@ figure is a step's, of prefill a step of one chunk of `--chunk` tokens, of one p
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,24 @@ def start_profiler() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]):
         torch.zeros(1, device="cuda")
         torch.cuda.synchronize()
+
+
+@contextmanager
+def timed_calls(owner: object, name: str) -> Iterator[list[float]]:
+    """Collect the seconds that each call of a method takes."""
+    real, seconds = getattr(owner, name), []
+
+    def call(*arguments: Any) -> Any:
+        start = time.perf_counter()
+        result = real(*arguments)
+        seconds.append(time.perf_counter() - start)
+        return result
+
+    setattr(owner, name, call)
+    try:
+        yield seconds
+    finally:
+        setattr(owner, name, real)
 
 
 class ProfileBench:
@@ -112,19 +131,26 @@ class ProfileBench:
     def prefill(
         self, chunk: int, context: int, num_prompts: int = 1, repeats: int = 3
     ) -> dict[str, Any]:
-        """Profile a step of one chunk: of one prompt after `context` tokens, or of several."""
-        walls = []
+        """Profile a step of one chunk: of one prompt after `context` tokens, or of several.
+
+        launch_us: what the host takes to launch it; the GPU waits where that is longer than its
+        own time.
+        """
+        walls, launches = [], []
         for number in range(repeats + 1):
             self._start_prompts(chunk, context, num_prompts, f"prefill-{number}")
             synchronize()
-            start = time.perf_counter()
-            self.run_all()
-            walls.append((time.perf_counter() - start) * 1e6)
+            with timed_calls(self.engine.runner, "launch") as seconds:
+                start = time.perf_counter()
+                self.run_all()
+                walls.append((time.perf_counter() - start) * 1e6)
+            launches.append(seconds[0] * 1e6)
         self._start_prompts(chunk, context, num_prompts, "prefill-traced")
         spans = self.trace(f"prefill-{chunk}at{context}x{num_prompts}", self.run_all)
         # The first run may compile.
         stats = summarize(spans, 1, median(walls[1:]), num_top=_TOP)
-        return {"tokens": chunk, "context": context, "prompts": num_prompts, **stats}
+        sizes = {"tokens": chunk, "context": context, "prompts": num_prompts}
+        return {**sizes, "launch_us": median(launches[1:]), **stats}
 
     def _start_prompts(self, chunk: int, context: int, num_prompts: int, seed: str) -> None:
         """Queue prompts that are a chunk together: what goes before is in the prefix cache."""
@@ -197,7 +223,10 @@ def main() -> None:
         for context, num_prompts in ((0, 1), (options.chunk, 1), (0, 4)):
             stats = bench.prefill(options.chunk, context, num_prompts)
             result["prefill"].append(stats)
-            print(f"prefill of {options.chunk} tokens after {context}, prompts: {num_prompts}")
+            print(
+                f"prefill of {options.chunk} tokens after {context}, prompts: {num_prompts}; "
+                f"launched in {stats['launch_us']:.0f} us"
+            )
             print(table(stats), flush=True)
             write_result(options.out, result)
         bench.engine.close()

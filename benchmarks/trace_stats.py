@@ -50,7 +50,7 @@ def union_length(intervals: Iterable[tuple[float, float]]) -> float:
 def longest_gaps(spans: Sequence[Span], count: int) -> list[dict[str, Any]]:
     """Return the longest times in which nothing ran: how long, when, and between which kernels."""
     ordered = sorted(spans, key=lambda span: span.start)
-    gaps = []
+    gaps: list[dict[str, Any]] = []
     last = ordered[0] if ordered else None
     for span in ordered[1:]:
         assert last is not None
