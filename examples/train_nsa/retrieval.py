@@ -6,7 +6,8 @@ chat or as plain text. The haystack is a cut of a book or filler sentences.
 Kept apart from the evaluation (`benchmarks/quality_tasks.py`), which has phrasings, keys and
 depths of its own; tests/train/test_data_retrieval.py holds it to this:
 
-- codes here have 4, 6 or 7 digits, or letters and digits; the evaluation's have five digits;
+- codes here have 3, 4, 6, 7 or 8 digits, or two letters and 2 to 4 digits; the evaluation's have
+  five digits (of lengths on one side only, or of few, a student learns the length);
 - names here are a word and a two-digit number ("harbor-27"); the evaluation's are two words, and
   no word is in both lists;
 - no sentence of the evaluation's needles, questions or fillers occurs here;
@@ -52,6 +53,8 @@ NEEDLES = (
     "Someone had written on the wall: {name}: {code}.",
     "Keep this in mind: whoever asks for {name} must say {code}.",
     "Entry {name} holds the value {code}.",
+    "{name} is {code}; once more, {code}.",
+    "Code {code} opens {name}, and only {code} does.",
 )
 
 PLAIN_QUESTIONS = (
@@ -256,13 +259,16 @@ def make_pairs(count: int, rng: np.random.Generator) -> list[Pair]:
 
 
 def make_code(rng: np.random.Generator) -> str:
-    """Return a code of 4, 6 or 7 digits, or of letters and digits; never five digits."""
-    kind = int(rng.integers(4))
-    if kind == 3:
+    """Return a code of 3, 4, 6, 7 or 8 digits, or of letters and digits; never five digits."""
+    kind = int(rng.integers(6))
+    if kind == 5:
         letters = "".join(rng.choice(list("ABCDEFGHJKLMNPRSTUVWXYZ"), 2).tolist())
-        return f"{letters}{int(rng.integers(100, 1000))}"
-    digits = (4, 6, 7)[kind]
-    return str(int(rng.integers(10 ** (digits - 1), 10**digits)))
+        return f"{letters}{_digits(int(rng.integers(2, 5)), rng)}"
+    return _digits((3, 4, 6, 7, 8)[kind], rng)
+
+
+def _digits(count: int, rng: np.random.Generator) -> str:
+    return str(int(rng.integers(10 ** (count - 1), 10**count)))
 
 
 def _plain(asked: Sequence[Pair], rng: np.random.Generator) -> list[tuple[str, str | None]]:

@@ -43,7 +43,7 @@ def test_answers_are_in_the_text_before_them(maker: RetrievalMaker, tokenizer: T
             end = start + int(np.argmin(np.append(is_code[start:], False)))
             code = tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False).strip(" .")
             before = tokenizer.decode(ids[:start].tolist(), skip_special_tokens=False)
-            assert re.fullmatch(r"[A-Z0-9]{4,7}", code) and code in before
+            assert re.fullmatch(r"[A-Z0-9]{3,8}", code) and code in before
 
 
 def test_no_code_is_like_the_evaluations() -> None:
