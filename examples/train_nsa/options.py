@@ -42,8 +42,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--selection-weight",
         type=float,
-        default=4.0,
+        default=1.0,
         help="of the error of the block scores against full attention; 0: not computed",
+    )
+    add(
+        "--selection-kinds",
+        nargs="*",
+        default=["retrieval"],
+        help="of rows on which that error is taken (default: retrieval alone)",
     )
     add("--tokens-per-batch", type=int, default=32768, help="of each GPU")
     add("--loss-tokens", type=int, help="of a batch, chosen by chance (default: all that count)")

@@ -194,7 +194,8 @@ class Trainer:
         context = student.base.config.max_position_embeddings
         keep = phase.mse_weight > 0 and source.length <= context
         theirs, kept = student.teacher(ids[:, :context], keep_attention=keep)
-        output = student(ids, kept or None, probes=self._probes(source))
+        probes = self._probes(source)
+        output = student(ids, kept or None, probes=probes)
         loss, kl, ce = self._prediction_loss(source, output.hidden, theirs, ids, taught, own)
         floor = share_floor(output.shares, args.share_floor)
         total = loss + phase.mse_weight * output.mse + args.share_weight * floor
@@ -222,7 +223,7 @@ class Trainer:
             "ce": None if ce is None else float(ce),
             "mse": float(output.mse.detach()) if kept else None,
             "share_floor": float(floor.detach()),
-            "selection": float(output.selection.detach()) if args.selection_weight else None,
+            "selection": None if probes is None else float(output.selection.detach()),
             "shares": [round(x, 4) for x in shares.mean(dim=0).tolist()],
             "least_shares": [round(x, 4) for x in shares.amin(dim=0).tolist()],
             "gradient_norm": float(norm),
@@ -232,7 +233,7 @@ class Trainer:
 
     def _probes(self, source: Source) -> Tensor | None:
         """Return the queries whose selection is trained: int64 [P], the same in all ranks."""
-        if not self.args.selection_weight:
+        if not self.args.selection_weight or source.kind not in self.args.selection_kinds:
             return None
         rng = np.random.default_rng([self.args.seed, self.step, 0])
         probes = rng.integers(source.length // 4, source.length, NUM_PROBES)

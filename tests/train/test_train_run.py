@@ -127,11 +127,14 @@ def test_a_run_starts_from_an_adapter(root: Path) -> None:
 
 
 def test_selection_is_trained_unless_its_weight_is_zero(root: Path) -> None:
-    runs = ("--phases", "long", "--steps", "2", "--selection-weight")
+    runs = ("--phases", "long", "--steps", "2", "--selection-kinds", "text", "--selection-weight")
     start(root, "unasked", *runs, "0")
     start(root, "asked", *runs, "50")
     assert read_log(root / "unasked")[0]["selection"] is None
     assert read_log(root / "asked")[0]["selection"] > 0.01
+    # Of rows of retrieval alone, by default, and there are none.
+    start(root, "default", *runs[:4])
+    assert read_log(root / "default")[0]["selection"] is None
     asked, unasked = (
         (root / name / "adapter" / export.ADAPTER).read_bytes() for name in ("asked", "unasked")
     )
