@@ -155,7 +155,13 @@ class Evaluation:
         """Run the parts that every model has."""
         row = self.result["models"].setdefault(name, {})
         start = time.perf_counter()
-        llm = self.open(name)
+        try:
+            llm = self.open(name)
+        except Exception as error:
+            self.result["errors"].append(f"{name}: {type(error).__name__}: {error}")
+            print(f"{name:14} FAILED to load: {error}", flush=True)
+            write_result(self.out, self.result)
+            return
         row["load_s"] = time.perf_counter() - start
         tasks: dict[str, Callable[[LLM], Any]] = {
             "ppl": lambda llm: self.perplexities(llm, self.sizes.contexts),

@@ -44,7 +44,10 @@ def quality_tables(result: dict[str, Any]) -> str:
         lines += _by_size(whole | ablation, "ppl", sizes["ablation_contexts"], "ppl", "{:.3f}")
     for part, label in (("passkey", "Passkey"), ("pairs", "Key-value")):
         if any(part in row for row in models.values()):
-            lines += [f"{label} retrieval, greedy, accuracy by length of the prompt:", ""]
+            lines += [
+                f"{label} retrieval, greedy, accuracy by length of the prompt with its answer:",
+                "",
+            ]
             lines += _by_size(models, part, sizes["lengths"], "accuracy", "{:.2f}")
             lines += ["By depth:", ""]
             lines += _by_depth(models, part, sizes["lengths"])

@@ -45,8 +45,7 @@ class Corpus:
     """Token arrays in a folder, as batches of rows of one exact length.
 
     folder: what `main` wrote. tokens_per_batch: a batch has as many rows as fit, at least one.
-    other_weight: loss weight of "retrieval" off the answers. Raises SystemExit when something is
-    missing there.
+    Raises SystemExit when something is missing there.
     """
 
     def __init__(
@@ -54,11 +53,9 @@ class Corpus:
         folder: str | Path,
         *,
         tokens_per_batch: int = 32768,
-        other_weight: float = 0.0,
     ) -> None:
         self.folder = Path(folder)
         self.tokens_per_batch = tokens_per_batch
-        self.other_weight = other_weight
         path = self.folder / "meta.json"
         if not path.is_file():
             raise SystemExit(f"{path} is missing: write the folder with data.py --out {folder}")
@@ -98,10 +95,7 @@ class Corpus:
         """
         num_rows = batch_size or max(1, self.tokens_per_batch // length)
         if kind == "retrieval" and "books" in self._kinds:
-            rows = [
-                self._retrieval.make(length, rng, other_weight=self.other_weight)
-                for _ in range(num_rows)
-            ]
+            rows = [self._retrieval.make(length, rng) for _ in range(num_rows)]
         elif kind in self._kinds:
             rows = [self._kinds[kind].row(length, rng, self.end_id) for _ in range(num_rows)]
         else:

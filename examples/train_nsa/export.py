@@ -80,14 +80,22 @@ def adapter_weights(student: Student) -> dict[str, Tensor]:
     }
 
 
-def read_adapter(folder: Path, student: Student) -> None:
+def read_adapter(folder: Path, student: Student, model: Mapping[str, Any]) -> None:
     """Start the student from the numbers that `write_adapter` wrote.
 
-    Raises SystemExit when there are none, or when they are of a student of another shape.
+    model: what `student_config` returned. Raises SystemExit when there are none, or when they are
+    of a student of another shape or rotary embedding.
     """
     path = folder / ADAPTER
     if not path.is_file():
         raise SystemExit(f"{path} is missing: expected the adapter folder of a run of train.py")
+    theirs = json.loads((folder / "config.json").read_text())["model"]
+    for field in ("rope_theta", "rope_scaling"):
+        if theirs.get(field) != model.get(field):
+            raise SystemExit(
+                f"{folder} was trained with {field} {theirs.get(field)}, and --rope says "
+                f"{model.get(field)}: give its --rope"
+            )
     with safe_open(path, framework="pt") as file, torch.no_grad():
         for name, parameter in adapter_parameters(student).items():
             if name not in file.keys():  # noqa: SIM118

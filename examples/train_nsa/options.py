@@ -48,6 +48,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add(
         "--selection-kinds",
         nargs="*",
+        choices=("books", "text", "chat", "retrieval"),
         default=["retrieval"],
         help="of rows on which that error is taken (default: retrieval alone)",
     )
@@ -81,6 +82,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if first.tiny:
         parser.set_defaults(rank=4, lr=2e-2, tokens_per_batch=960, print_every=5)
     args = parser.parse_args(arguments)
+    if args.init is not None and args.resume:
+        parser.error(
+            "--resume goes on from OUT's checkpoint, --init from an adapter: leave one out"
+        )
     if args.steps is not None and args.minutes is not None:
         parser.error("--steps and --minutes both say when to end: leave one out")
     if args.steps is None and args.minutes is None:

@@ -120,12 +120,12 @@ class RetrievalMaker:
         self._stops = np.array(stops)
 
     def make(
-        self, length: int, rng: np.random.Generator, *, other_weight: float = 0.0
+        self, length: int, rng: np.random.Generator
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return ids int64 [T] and loss weights float32 [T].
 
-        The weight is 1 on the codes of answers, FORM_WEIGHT on their other words, and other_weight
-        everywhere else.
+        The weight is 1 on the codes of answers, FORM_WEIGHT on their other words, and 0 everywhere
+        else.
 
         Raises ValueError for a length that has no room for a needle and a question (below 160).
         """
@@ -145,8 +145,8 @@ class RetrievalMaker:
             asked = asked[:-1]
         body = self._hide(needles, room, len(head), length, rng)
         ids = np.concatenate((head, body, tail)).astype(np.int64)
-        weight = np.full(length, other_weight, dtype=np.float32)
-        weight[length - len(tail) :] = np.where(weights > 0, weights, other_weight)
+        weight = np.zeros(length, dtype=np.float32)
+        weight[length - len(tail) :] = weights
         return ids, weight
 
     def _encode(self, text: str) -> list[int]:

@@ -90,7 +90,7 @@ class Trainer:
         self.phases = [fit(phase, self.student.config.max_position_embeddings) for phase in phases]
         self.step, elapsed_s = 0, 0.0
         if args.init is not None:
-            read_adapter(args.init, self.student)
+            read_adapter(args.init, self.student, self.model)
         if args.resume:
             state = load_checkpoint(args.out / CHECKPOINT, self.student, self.optimizer)
             self.step, elapsed_s = state["step"], state["elapsed_s"]
@@ -109,8 +109,9 @@ class Trainer:
         sources: dict[int, Source] = {}
         for phase in self.phases:
             for source in phase.sources:
-                # The first of a length is the one with a teacher, where there is one.
-                sources.setdefault(source.length, source)
+                # Retrieval has every loss, and needs most.
+                if source.kind == "retrieval" or source.length not in sources:
+                    sources[source.length] = source
         rng = np.random.default_rng([self.args.seed, self.ranks.rank])
         for length, source in sorted(sources.items(), reverse=True):
             batch = self._make_batch(source, rng)
@@ -173,12 +174,13 @@ class Trainer:
     def _make_batch(self, source: Source, rng: np.random.Generator) -> list[Tensor]:
         """Return ids and the two weights of `split_weight`, each [B, T]."""
         ids, weight = self.corpus.batch(source.kind, source.length, rng)
-        if self.args.loss_tokens is not None and source.kind != "retrieval":
-            thin_out(weight, self.args.loss_tokens, rng)
         context = self.student.base.config.max_position_embeddings
-        return [
-            torch.from_numpy(x) for x in (ids, *split_weight(source.kind, weight, context, rng))
-        ]
+        taught, own = split_weight(source.kind, weight, context, rng)
+        if self.args.loss_tokens is not None:
+            thin_out(taught, self.args.loss_tokens, rng)
+            if source.kind != "retrieval":  # Whose answers are few.
+                thin_out(own, self.args.loss_tokens, rng)
+        return [torch.from_numpy(x) for x in (ids, taught, own)]
 
     def _train_step(
         self,

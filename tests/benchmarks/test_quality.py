@@ -97,3 +97,15 @@ def test_a_model_card_is_filled_in_again_and_again(result: dict[str, Any]) -> No
     assert "old" not in once and "| training-free |" in once and "**What is the capital" in once
     assert once.startswith("# A") and once.endswith("C\n")
     assert fill_card(once, result) == once
+
+
+def test_a_model_that_does_not_load_is_reported(heldout: Path, tmp_path: Path) -> None:
+    """The others are measured all the same."""
+    out = tmp_path / "result.json"
+    (tmp_path / "student").mkdir()
+    sizes = ["--tiny", "--device", "cpu", "--page-memory", "256MiB", "--parts", "chat"]
+    models = ["--models", "dense,student", "--student", str(tmp_path / "student")]
+    (tmp_path / "student" / "config.json").write_text('{"nsa": {}}')
+    with pytest.raises(SystemExit, match="student: "):
+        quality.main(["--heldout", str(heldout), "--out", str(out), *sizes, *models])
+    assert "chat" in json.loads(out.read_text())["models"]["dense"]

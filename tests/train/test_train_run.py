@@ -122,6 +122,8 @@ def test_a_run_starts_from_an_adapter(root: Path) -> None:
     assert first == second
     with pytest.raises(SystemExit, match="--rank"):
         start(root, "third", "--rank", "2", "--init", str(root / "first" / "adapter"))
+    with pytest.raises(SystemExit, match="give its --rope"):
+        start(root, "third", "--rope", "none", "--init", str(root / "first" / "adapter"))
     with pytest.raises(SystemExit, match="adapter folder"):
         start(root, "third", "--init", str(root / "data"))
 
